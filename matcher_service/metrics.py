@@ -1,0 +1,84 @@
+"""Every metric, named once. No label names a person, a probe, a reference or a camera.
+
+Probes without a candidate touch only counters per outcome and unlabelled histograms.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+
+# Edges stand on the service levels: a frame (40 ms), a tenth of a second, the default deadline (2 s).
+LATENCY_BUCKETS_S = (
+    0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.07, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0,
+)  # fmt: skip
+BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+class Metrics:
+    """One instance per process; tests give each its own registry."""
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        self.registry = registry
+        self.requests = Counter(
+            "matcher_requests_total",
+            "Requests by transport, verb and result (ok, or the cause of the refusal).",
+            ("transport", "verb", "result"),
+            registry=registry,
+        )
+        self.decisions = Counter(
+            "matcher_decisions_total",
+            "Probes answered, by outcome.",
+            ("outcome",),
+            registry=registry,
+        )
+        self.rejections = Counter(
+            "matcher_rejections_total", "Probes rejected, by cause.", ("cause",), registry=registry
+        )
+        self.station_seconds = Histogram(
+            "matcher_station_seconds",
+            "Time spent in each station of a flow, per message or batch.",
+            ("station",),
+            buckets=LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self.identify_seconds = Histogram(
+            "matcher_identify_seconds",
+            "From receipt of a message to its reply.",
+            buckets=LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self.batch_probes = Histogram(
+            "matcher_batch_probes", "Probes of one search.", buckets=BATCH_BUCKETS, registry=registry
+        )
+        self.queue_probes = Gauge(
+            "matcher_queue_probes", "Admitted probes that wait for a batch.", registry=registry
+        )
+        self.permits_in_use = Gauge(
+            "matcher_permits_in_use", "Admission permits held, in probes or references.", ("flow",), registry=registry
+        )
+        self.references_live = Gauge(
+            "matcher_references_live", "Searchable references.", ("gallery",), registry=registry
+        )
+        self.references_dead = Gauge(
+            "matcher_references_dead", "Withdrawn rows not yet compacted away.", ("gallery",), registry=registry
+        )
+        self.log_sequence = Gauge("matcher_log_sequence", "Newest committed sequence.", registry=registry)
+        self.applied_sequence = Gauge(
+            "matcher_applied_sequence", "Sequence applied by this process's shards.", registry=registry
+        )
+        self.replay_lag_seconds = Gauge(
+            "matcher_replay_lag_seconds",
+            "Time since the shards last stood at the head of the log; 0 when they do.",
+            registry=registry,
+        )
+        self.enrolled = Counter("matcher_enrolled_total", "References enrolled or replaced.", registry=registry)
+        self.withdrawn = Counter("matcher_withdrawn_total", "References withdrawn.", registry=registry)
+        self.erased = Counter("matcher_erased_total", "Templates physically erased from the log.", registry=registry)
+        self.certificates = Counter(
+            "matcher_certificates_total",
+            "(probe, segment) pairs by how they were answered: certified by the filter, or scanned in full.",
+            ("how",),
+            registry=registry,
+        )
+        self.streams_open = Gauge("matcher_streams_open", "Open gRPC streams.", registry=registry)
+        self.index_bytes = Gauge("matcher_index_bytes", "Memory held by the index.", registry=registry)

@@ -1,0 +1,145 @@
+"""The protocols between the flows and their implementations. Methods work on batches only.
+
+Docstrings here are obligations: each has a contract test that every implementation passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from matcher_service.errors import MatcherError
+from matcher_service.terms import (
+    Actor,
+    Alert,
+    AuditEvent,
+    Float32,
+    Float64,
+    LogEntry,
+    Receipt,
+    Reference,
+    SearchRequest,
+    SearchResult,
+    ShardStatus,
+    SpaceId,
+    TemplateSpace,
+    Write,
+)
+
+
+class Clock(Protocol):
+    def monotonic(self) -> float:
+        """Seconds on a clock that never goes back; for durations and deadlines."""
+        ...
+
+    def wall_ms(self) -> int:
+        """Milliseconds since 1970-01-01T00:00:00Z; may be stepped."""
+        ...
+
+
+class Models(Protocol):
+    """The Triton-hosted computations."""
+
+    async def register(self, space: TemplateSpace) -> None:
+        """Make a space known. Registering the same space again changes nothing."""
+        ...
+
+    async def adapt(self, source: SpaceId, target: SpaceId, templates: Float32) -> Float32:
+        """Raw finite templates [n, source.dimension] to unit rows [n, target.dimension], C order.
+
+        A row that cannot be normalised (it equals the centre, or is zero) comes back as zeros.
+        Raises InvalidInput (WRONG_SPACE) if there is no map from source to target.
+        """
+        ...
+
+    async def false_match_rates(self, space: SpaceId, scores: Float32) -> Float64:
+        """Calibrated false-match rate of each score [m]; never below what the space's table supports;
+        NaN where the space has no table."""
+        ...
+
+
+class Shard(Protocol):
+    """A view of the gallery log that can be searched."""
+
+    async def search(self, request: SearchRequest) -> SearchResult:
+        """Exactly what a flat scan of the live stored rows would give, per the laws.
+
+        A gallery that this shard does not hold yields no candidates. Raises InvalidInput
+        (WRONG_DIMENSION) if a gallery's dimension is not that of the probes.
+        """
+        ...
+
+    async def status(self) -> ShardStatus: ...
+
+
+class ReplayedShard(Shard, Protocol):
+    """A shard in this process, fed by replay."""
+
+    async def apply(self, entries: Sequence[LogEntry]) -> None:
+        """Apply committed entries in order. A search that starts after this returns sees all of them.
+
+        Entries at or below the shard's sequence are skipped, so replay may repeat itself. Raises
+        MemoryRefused before anything of the block is applied if it would exceed the memory budget.
+        """
+        ...
+
+    async def close(self) -> None: ...
+
+
+class GalleryLog(Protocol):
+    """The only truth: one sequence, whose order is commit order."""
+
+    async def append(self, writes: Sequence[Write], actor: Actor) -> list[Receipt | MatcherError]:
+        """Judge and commit the writes in order; one answer each, and one bad write spoils no other.
+
+        On return every receipt is durable, and its audit record was in the same transaction. Raises
+        LogUnavailable if nothing was committed. Refusals by cause:
+        Enrol: NotFound (UNKNOWN_GALLERY), Gone (EXPIRED) if it would expire at once, InvalidInput
+        (WRONG_DIMENSION), Conflict if live and not `replace`, or if the idempotency key was used for
+        something else. A key seen within the stated window gives the first receipt as REPEATED.
+        Withdraw: NotFound if not live. CreateGallery: Conflict if the id was ever used, NotFound if the
+        space is not registered. RegisterSpace: Conflict if the id stands for another centre.
+        """
+        ...
+
+    async def read(self, after: int, limit: int) -> list[LogEntry]:
+        """Committed entries with sequence > after, in order, at most `limit`; [] if there are none."""
+        ...
+
+    async def head(self) -> int:
+        """Sequence of the newest committed entry; 0 for an empty log."""
+        ...
+
+    async def wait_beyond(self, sequence: int) -> None:
+        """Return when the log's head is, or may be, beyond `sequence`. Never misses a commit."""
+        ...
+
+    async def references(self, gallery_id: str, after: str, limit: int) -> list[Reference]:
+        """Live references of a gallery in order of reference_id, from beyond `after`."""
+        ...
+
+    async def reference(self, gallery_id: str, reference_id: str) -> Reference | None: ...
+
+    async def subject(self, subject_id: str) -> list[Reference]:
+        """Live references of a subject over all galleries."""
+        ...
+
+    async def record(self, events: Sequence[AuditEvent], alerts: Sequence[Alert]) -> None:
+        """Write audit events, and alerts each with its audit event, in one transaction; durable on return.
+        Raises AuditUnavailable if that could not be done."""
+        ...
+
+    async def alerts(self, deployment_id: str, before: str, limit: int) -> list[Alert]:
+        """Recorded alerts, newest first; deployment_id "": of all."""
+        ...
+
+    async def audit(self, after: int, limit: int) -> list[dict[str, object]]:
+        """Audit records with index > after, in order, each with its hash and that of the one before."""
+        ...
+
+    async def erase(self, now_ms: int) -> int:
+        """Withdraw what has expired, and physically erase every template that is due. Returns how many
+        templates were erased; each is in the audit. Called again until it returns 0 when there is much."""
+        ...
+
+    async def close(self) -> None: ...

@@ -1,0 +1,150 @@
+"""Settings: frozen sections, units in the names, checked together at start.
+
+Read from a TOML file (`matcher serve --config matcher.toml`) and from the environment, where
+`MATCHER_SERVER__HTTP_PORT=8090` stands for `[server] http_port`. The environment wins.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from matcher_service.errors import StartRefused
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ServerSettings(Section):
+    host: str = Field("127.0.0.1", description="Address of both listeners; beyond loopback TLS is required.")
+    http_port: int = Field(8080, ge=0, le=65535, description="HTTP port; 0 takes a free one.")
+    grpc_port: int = Field(8081, ge=0, le=65535, description="gRPC port; 0 takes a free one.")
+    tls_certificate_file: Path | None = Field(None, description="PEM certificate chain of the service.")
+    tls_key_file: Path | None = Field(None, description="PEM private key of the service.")
+    metrics_port: int = Field(0, ge=0, le=65535, description="Own port of /metrics beyond loopback; 0: none.")
+    metrics_host: str = Field("127.0.0.1", description="Address of that port.")
+    drain_s_max: float = Field(20.0, gt=0, description="Longest wait for admitted work at shutdown.")
+
+
+class StorageSettings(Section):
+    data_dir: Path = Field(Path("data"), description="Directory of this process alone: log, keys, segments.")
+    keys_dir: Path | None = Field(None, description="Where keys live; default: data_dir/keys. Keep out of backups.")
+    idempotency_window_h: float = Field(24.0, gt=0, le=24 * 31, description="How long an enrolment key is remembered.")
+    erase_within_h: float = Field(
+        1.0, gt=0, le=24, description="Templates of withdrawn and expired references are erased within this."
+    )
+    alert_retention_d: float = Field(31.0, gt=0, le=365, description="Lifetime of an alert record.")
+
+
+class LimitSettings(Section):
+    probes_per_message_max: int = Field(1024, ge=1, le=4096)
+    references_per_message_max: int = Field(4096, ge=1, le=10_000)
+    message_bytes_max: int = Field(8 * 1024 * 1024, ge=1024, le=64 * 1024 * 1024)
+    rank_max_max: int = Field(100, ge=1, le=1000, description="Largest rank_max a request may ask for.")
+    id_bytes_max: int = Field(128, ge=8, le=1024, description="Longest identifier, in UTF-8 bytes.")
+    dimension_max: int = Field(4096, ge=2, le=16384)
+    deadline_ms_default: int = Field(2000, ge=1)
+    deadline_ms_max: int = Field(60_000, ge=1)
+    stream_messages_in_flight_max: int = Field(16, ge=1, le=1024, description="Unanswered messages of one stream.")
+    streams_max: int = Field(256, ge=1, description="Open streams at once.")
+
+
+class AdmissionSettings(Section):
+    probes_in_flight_max: int = Field(8192, ge=1, description="Permits in all, in probes.")
+    probes_in_flight_per_credential_max: int = Field(8192, ge=1, description="Permits of one credential.")
+    references_in_flight_max: int = Field(65_536, ge=1, description="References being enrolled at once.")
+
+
+class BatchingSettings(Section):
+    batch_probes_max: int = Field(256, ge=1, le=4096, description="Probes of one search.")
+    batches_in_flight_max: int = Field(2, ge=1, le=64, description="Searches at once.")
+
+
+class IndexSettings(Section):
+    memory_bytes_max: int = Field(0, ge=0, description="Budget of the index; 0: 70% of the machine's memory.")
+    segment_rows_max: int = Field(1_000_000, ge=1000, description="Rows at which a segment is sealed.")
+    threads: int = Field(0, ge=0, description="Threads of a search; 0: all cores.")
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(
+        env_prefix="MATCHER_", env_nested_delimiter="__", frozen=True, extra="forbid", nested_model_default_partial_update=True
+    )
+
+    server: ServerSettings = ServerSettings()  # type: ignore[call-arg]
+    storage: StorageSettings = StorageSettings()  # type: ignore[call-arg]
+    limits: LimitSettings = LimitSettings()  # type: ignore[call-arg]
+    admission: AdmissionSettings = AdmissionSettings()  # type: ignore[call-arg]
+    batching: BatchingSettings = BatchingSettings()  # type: ignore[call-arg]
+    index: IndexSettings = IndexSettings()  # type: ignore[call-arg]
+    log_level: str = Field("info", pattern="^(debug|info|warning|error)$")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        server, limits = self.server, self.limits
+        if (server.tls_certificate_file is None) != (server.tls_key_file is None):
+            raise ValueError("server: tls_certificate_file and tls_key_file must be set together")
+        if not is_loopback(server.host) and server.tls_certificate_file is None:
+            raise ValueError(
+                f"server.host {server.host} is not loopback: set tls_certificate_file and tls_key_file, "
+                "or listen on 127.0.0.1"
+            )
+        if limits.deadline_ms_default > limits.deadline_ms_max:
+            raise ValueError("limits: deadline_ms_default exceeds deadline_ms_max")
+        if limits.probes_per_message_max > self.admission.probes_in_flight_per_credential_max:
+            raise ValueError(
+                "admission.probes_in_flight_per_credential_max is below limits.probes_per_message_max: "
+                "a full message could never be admitted"
+            )
+        if self.admission.probes_in_flight_per_credential_max > self.admission.probes_in_flight_max:
+            raise ValueError("admission: the permits of one credential exceed those in all")
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        toml = settings_cls.model_config.get("toml_file")
+        sources: tuple[PydanticBaseSettingsSource, ...] = (init_settings, env_settings)
+        return (*sources, TomlConfigSettingsSource(settings_cls)) if toml else sources
+
+    @property
+    def keys_dir(self) -> Path:
+        return self.storage.keys_dir or self.storage.data_dir / "keys"
+
+
+def is_loopback(host: str) -> bool:
+    """True for 127.0.0.0/8, ::1 and localhost."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def load(config_file: Path | None = None, **overrides: Any) -> Settings:
+    """Settings from the file, the environment and overrides; raises StartRefused naming each bad field."""
+    if config_file is not None and not config_file.is_file():
+        raise StartRefused(f"no settings file at {config_file}", hint="check the path given to --config")
+
+    class FromFile(Settings):
+        model_config = SettingsConfigDict(toml_file=config_file)
+
+    try:
+        return FromFile(**overrides) if config_file else Settings(**overrides)
+    except ValidationError as invalid:
+        wrong = "; ".join(
+            f"{'.'.join(str(part) for part in one['loc']) or 'settings'}: {one['msg']}" for one in invalid.errors()
+        )
+        raise StartRefused(wrong, hint="see `matcher settings` for every setting and its meaning") from invalid

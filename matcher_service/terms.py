@@ -1,0 +1,468 @@
+"""The values that flow through the service. Words follow ISO/IEC 2382-37 and ISO/IEC 19795.
+
+Values are immutable. Times of day are `*_at_ms`: milliseconds since 1970-01-01T00:00:00Z by the wall
+clock. Durations and deadlines are measured on the monotonic clock, in seconds. Scores are cosines in
+[-1, 1]; higher is more alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+Int64 = NDArray[np.int64]
+
+PARTITIONS = 256
+
+
+class Outcome(StrEnum):
+    """The four ways in which a probe is answered; every probe gets exactly one."""
+
+    ALERT = "ALERT"
+    NO_CANDIDATE = "NO_CANDIDATE"
+    INCOMPLETE = "INCOMPLETE"
+    REJECTED = "REJECTED"
+
+
+class Cause(StrEnum):
+    """Why something was refused or is incomplete. These tokens are part of the wire contract."""
+
+    INVALID = "INVALID"
+    WRONG_DIMENSION = "WRONG_DIMENSION"
+    WRONG_LENGTH = "WRONG_LENGTH"
+    NOT_FINITE = "NOT_FINITE"
+    ZERO_TEMPLATE = "ZERO_TEMPLATE"
+    UNKNOWN_DTYPE = "UNKNOWN_DTYPE"
+    WRONG_SPACE = "WRONG_SPACE"
+    EMPTY = "EMPTY"
+    TOO_MANY = "TOO_MANY"
+    TOO_LARGE = "TOO_LARGE"
+    RANK_MAX = "RANK_MAX"
+    DUPLICATE_PROBE_ID = "DUPLICATE_PROBE_ID"
+    THRESHOLD_BELOW_FLOOR = "THRESHOLD_BELOW_FLOOR"
+    UNKNOWN_FIELD = "UNKNOWN_FIELD"
+    MALFORMED = "MALFORMED"
+    UNAUTHENTICATED = "UNAUTHENTICATED"
+    FORBIDDEN = "FORBIDDEN"
+    NOT_FOUND = "NOT_FOUND"
+    UNKNOWN_GALLERY = "UNKNOWN_GALLERY"
+    CONFLICT = "CONFLICT"
+    GONE = "GONE"
+    EXPIRED = "EXPIRED"
+    STALE_PROBE = "STALE_PROBE"
+    DEADLINE = "DEADLINE"
+    OVERLOADED = "OVERLOADED"
+    SHUTTING_DOWN = "SHUTTING_DOWN"
+    LOG_UNAVAILABLE = "LOG_UNAVAILABLE"
+    AUDIT_UNAVAILABLE = "AUDIT_UNAVAILABLE"
+    SHARD_UNAVAILABLE = "SHARD_UNAVAILABLE"
+    REPLAY_BEHIND = "REPLAY_BEHIND"
+    MEMORY_REFUSED = "MEMORY_REFUSED"
+    INTERNAL = "INTERNAL"
+
+
+class GalleryKind(StrEnum):
+    CUSTODY = "custody"
+    IMMIGRATION = "immigration"
+    WATCHLIST = "watchlist"
+
+
+class Dtype(StrEnum):
+    """Element types of templates on the wire; always little-endian."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+
+
+class SpaceId(NamedTuple):
+    """Names a template space. Templates of different spaces are not comparable without a map."""
+
+    name: str
+    version: int
+    dimension: int
+
+    def __str__(self) -> str:
+        return f"{self.name}/{self.version} ({self.dimension}-d)"
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreTable:
+    """Score to false-match rate, as measured: `scores` ascending, `rates` non-increasing in (0, 1].
+
+    `method` says in words where it comes from, and the last entry is as far as the data reach.
+    """
+
+    scores: tuple[float, ...]
+    rates: tuple[float, ...]
+    method: str
+
+
+@dataclass(frozen=True, slots=True)
+class SpaceMap:
+    """Linear map from another space: `matrix` float32 [dimension, source.dimension].
+
+    Applied to the source template after its own centre was subtracted and it was normalised.
+    """
+
+    source: SpaceId
+    matrix: Float32
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateSpace:
+    """A template space: its centre (float32 [dimension]), maps into it, and its score table.
+
+    The centre belongs to the version: another centre is another version.
+    """
+
+    id: SpaceId
+    centre: Float32
+    maps: tuple[SpaceMap, ...] = ()
+    score_table: ScoreTable | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Gallery:
+    """A named set of references under one lawful basis, in one template space.
+
+    A reference lives at most `retention_ms` from its enrolment. `threshold` is the least score that is
+    a candidate; a request may raise it, never lower it.
+    """
+
+    gallery_id: str
+    kind: GalleryKind
+    controller: str
+    lawful_basis: str
+    purpose: str
+    retention_ms: int
+    space: SpaceId
+    threshold: float
+    created_at_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """An authorised live operation: which galleries, from when to when, on whose authority, and why."""
+
+    deployment_id: str
+    gallery_ids: tuple[str, ...]
+    opens_at_ms: int
+    closes_at_ms: int
+    probe_age_ms_max: int
+    authorised_by: str
+    reason: str
+    place: str = ""
+    rank_max: int = 10
+    ended_at_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """The authority of a retrospective search: every search under it is audited."""
+
+    case_reference: str
+    gallery_ids: tuple[str, ...]
+    opens_at_ms: int
+    closes_at_ms: int
+    requested_by: str
+    purpose: str
+    rank_max: int = 50
+    ended_at_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Actor:
+    """Who asks: a credential, never a person's face. `name` goes into the audit."""
+
+    name: str
+
+
+# --- the gallery log -------------------------------------------------------------------------------
+
+
+class EntryKind(IntEnum):
+    """Kinds of log entries. The numbers are stored; never reuse one."""
+
+    ENROL = 1
+    WITHDRAW = 2
+    GALLERY_CREATED = 3
+    GALLERY_DELETED = 4
+    SPACE_REGISTERED = 5
+    DEPLOYMENT_CREATED = 6
+    DEPLOYMENT_ENDED = 7
+    CASE_CREATED = 8
+    CASE_ENDED = 9
+
+
+class LogEntry(NamedTuple):
+    """One committed change. `template` is the adapted template, float16 little-endian bytes, for an ENROL
+    whose template has not been erased, else None. An ENROL of a (gallery_id, reference_id) that is live
+    replaces it. `expires_at_ms` is set for ENROL. `record` holds the JSON of the kinds that change the
+    catalogue, else b"".
+    """
+
+    sequence: int
+    kind: EntryKind
+    at_ms: int
+    gallery_id: str
+    reference_id: str
+    subject_id: str
+    expires_at_ms: int
+    template: bytes | None
+    record: bytes
+
+
+class Enrol(NamedTuple):
+    """Wish: put one reference into a gallery. `template` as in LogEntry. `expires_at_ms` 0: retention."""
+
+    gallery_id: str
+    reference_id: str
+    subject_id: str
+    template: bytes
+    expires_at_ms: int = 0
+    replace: bool = False
+    idempotency_key: str = ""
+
+
+class Withdraw(NamedTuple):
+    """Wish: end the searchability of one reference now and erase its template within the stated time."""
+
+    gallery_id: str
+    reference_id: str
+    reason: str
+
+
+class WithdrawSubject(NamedTuple):
+    """Wish: the same for every live reference of a subject; gallery_id "" means in every gallery."""
+
+    gallery_id: str
+    subject_id: str
+    reason: str
+
+
+class CreateGallery(NamedTuple):
+    gallery: Gallery
+
+
+class DeleteGallery(NamedTuple):
+    """Wish: withdraw every reference, and destroy the gallery's key."""
+
+    gallery_id: str
+    reason: str
+
+
+class RegisterSpace(NamedTuple):
+    space: TemplateSpace
+
+
+class CreateDeployment(NamedTuple):
+    deployment: Deployment
+
+
+class EndDeployment(NamedTuple):
+    deployment_id: str
+
+
+class CreateCase(NamedTuple):
+    case: Case
+
+
+class EndCase(NamedTuple):
+    case_reference: str
+
+
+Write = (
+    Enrol
+    | Withdraw
+    | WithdrawSubject
+    | CreateGallery
+    | DeleteGallery
+    | RegisterSpace
+    | CreateDeployment
+    | EndDeployment
+    | CreateCase
+    | EndCase
+)
+
+
+class WriteOutcome(StrEnum):
+    ENROLLED = "ENROLLED"
+    REPLACED = "REPLACED"
+    REPEATED = "REPEATED"
+    DONE = "DONE"
+
+
+class Receipt(NamedTuple):
+    """What a durable write did. `sequence` is its place in the log; `reference_ids` is what a withdrawal
+    ended (empty: it was live nowhere, which is not an error for a subject)."""
+
+    outcome: WriteOutcome
+    sequence: int
+    reference_ids: tuple[tuple[str, str], ...] = ()
+
+
+class Reference(NamedTuple):
+    """What is held of a live reference, without its template."""
+
+    gallery_id: str
+    reference_id: str
+    subject_id: str
+    sequence: int
+    enrolled_at_ms: int
+    expires_at_ms: int
+
+
+# --- search ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SearchRequest:
+    """A batch of adapted probes against galleries of one space.
+
+    `probes` float32 [n, d], unit rows, C order. `floors` float32 [n, len(gallery_ids)]: a reference is a
+    candidate if its score >= its gallery's floor (-inf: any score). `rank_max` int64 [n], each >= 1:
+    most subjects wanted. References that expire at or before `at_ms` are not returned.
+    """
+
+    gallery_ids: tuple[str, ...]
+    probes: Float32
+    floors: Float32
+    rank_max: Int64
+    at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class SearchResult:
+    """The candidates of a batch, in columns: those of probe i stand at offsets[i]:offsets[i+1], ordered by
+    score descending, then (gallery_id, reference_id) as UTF-8 bytes ascending; one per subject of a
+    gallery (its best reference), at most rank_max of them over all galleries.
+
+    `gallery` int64 [m] indexes the request's gallery_ids, `scores` float32 [m]. `sequence` is applied.
+    `missing` names parts that did not answer. `certified` and `scanned` count (probe, segment) pairs
+    answered through the filter's certificate and by a full scan.
+    """
+
+    offsets: Int64
+    gallery: Int64
+    scores: Float32
+    reference_ids: Sequence[str]
+    subject_ids: Sequence[str]
+    sequence: int
+    missing: tuple[str, ...] = ()
+    certified: int = 0
+    scanned: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ShardStatus:
+    """`sequence` applied so far; live and dead rows per gallery; bytes held in memory."""
+
+    sequence: int
+    live: Mapping[str, int]
+    dead: Mapping[str, int]
+    bytes_in_memory: int
+    segments: int
+
+
+# --- identify --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeMessage:
+    """One message of probes as an edge decoded it. Nothing in it has been judged yet except its form.
+
+    `templates` float32 [n, d] (finite or not), `captured_at_ms` int64 [n]; exactly one of
+    `deployment_id` and `case_reference` is set. `gallery_ids` empty: all that the authority allows.
+    `received_at` and `deadline` are monotonic seconds.
+    """
+
+    actor: Actor
+    space: SpaceId
+    probe_ids: Sequence[str]
+    templates: Float32
+    captured_at_ms: Int64
+    deployment_id: str
+    case_reference: str
+    gallery_ids: tuple[str, ...]
+    threshold: float | None
+    rank_max: int
+    min_sequence: int
+    received_at: float
+    deadline: float
+    message_id: str = ""
+    traceparent: str = ""
+
+
+class Candidate(NamedTuple):
+    subject_id: str
+    reference_id: str
+    gallery_id: str
+    score: float
+    rank: int
+    false_match_rate: float
+
+
+class Decision(NamedTuple):
+    """The one answer of a probe. `cause`, `detail`, `field`, `retry_after_ms` serve REJECTED and
+    INCOMPLETE; `alert_id` serves ALERT."""
+
+    probe_id: str
+    outcome: Outcome
+    candidates: tuple[Candidate, ...] = ()
+    cause: str = ""
+    detail: str = ""
+    field: str = ""
+    retry_after_ms: int = 0
+    alert_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class IdentifyReply:
+    """The decisions of one message, with what is common to them. `missing` empty: all are complete."""
+
+    decisions: Sequence[Decision]
+    sequence: int
+    space: SpaceId
+    policy_version: str
+    thresholds: Mapping[str, float]
+    missing: tuple[str, ...] = ()
+    message_id: str = ""
+
+    @property
+    def complete(self) -> bool:
+        return not self.missing
+
+
+@dataclass(frozen=True, slots=True)
+class Alert:
+    """A decision at or above the threshold, as it is recorded. No template, no image."""
+
+    alert_id: str
+    probe_id: str
+    deployment_id: str
+    case_reference: str
+    raised_at_ms: int
+    captured_at_ms: int
+    candidates: tuple[Candidate, ...]
+    thresholds: Mapping[str, float]
+    sequence: int
+    policy_version: str
+    complete: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AuditEvent:
+    """Something to be written into the audit chain. `detail` may name persons and can later be erased; the
+    chain itself carries only its salted digest. Never a template nor a digest of one."""
+
+    actor: str
+    action: str
+    subject: str
+    detail: Mapping[str, object] = field(default_factory=dict)
