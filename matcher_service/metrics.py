@@ -50,9 +50,7 @@ class Metrics:
         self.batch_probes = Histogram(
             "matcher_batch_probes", "Probes of one search.", buckets=BATCH_BUCKETS, registry=registry
         )
-        self.queue_probes = Gauge(
-            "matcher_queue_probes", "Admitted probes that wait for a batch.", registry=registry
-        )
+        self.queue_probes = Gauge("matcher_queue_probes", "Admitted probes that wait for a batch.", registry=registry)
         self.permits_in_use = Gauge(
             "matcher_permits_in_use", "Admission permits held, in probes or references.", ("flow",), registry=registry
         )

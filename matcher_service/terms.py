@@ -466,3 +466,25 @@ class AuditEvent:
     action: str
     subject: str
     detail: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class EnrolMessage:
+    """One message of references as an edge decoded it; parallel columns of n rows.
+
+    `templates` float32 [n, d] raw (not yet adapted); `expires_at_ms` int64 [n], 0: the gallery's
+    retention. `received_at` and `deadline` are monotonic seconds.
+    """
+
+    actor: Actor
+    gallery_id: str
+    space: SpaceId
+    reference_ids: Sequence[str]
+    subject_ids: Sequence[str]
+    templates: Float32
+    expires_at_ms: Int64
+    idempotency_key: str
+    replace: bool
+    received_at: float
+    deadline: float
+    message_id: str = ""
