@@ -1,0 +1,66 @@
+"""What may be searched and by whose authority: a view of the log's catalogue entries.
+
+Reached only by replay, like a shard. Readers see plain mappings; every change replaces a mapping whole, so a
+reader that took one keeps a consistent picture.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from matcher_service import records
+from matcher_service.terms import (
+    Case,
+    Deployment,
+    EntryKind,
+    Gallery,
+    LogEntry,
+    SpaceId,
+    TemplateSpace,
+)
+
+CATALOGUE_KINDS = frozenset(EntryKind) - {EntryKind.ENROL, EntryKind.WITHDRAW}
+
+
+class Catalogue:
+    def __init__(self) -> None:
+        self.galleries: Mapping[str, Gallery] = {}
+        self.deleted_galleries: frozenset[str] = frozenset()
+        self.spaces: Mapping[SpaceId, TemplateSpace] = {}
+        self.deployments: Mapping[str, Deployment] = {}
+        self.cases: Mapping[str, Case] = {}
+
+    def apply(self, entries: Sequence[LogEntry]) -> None:
+        """Apply committed entries in order; those of other kinds are passed over."""
+        for entry in entries:
+            if entry.kind in CATALOGUE_KINDS:
+                self._apply(entry)
+
+    def _apply(self, entry: LogEntry) -> None:
+        match entry.kind:
+            case EntryKind.SPACE_REGISTERED:
+                space = records.decode_space(entry.record)
+                self.spaces = {**self.spaces, space.id: space}
+            case EntryKind.GALLERY_CREATED:
+                gallery = records.decode_gallery(entry.record)
+                self.galleries = {**self.galleries, gallery.gallery_id: gallery}
+            case EntryKind.GALLERY_DELETED:
+                self.galleries = {key: kept for key, kept in self.galleries.items() if key != entry.gallery_id}
+                self.deleted_galleries |= {entry.gallery_id}
+            case EntryKind.DEPLOYMENT_CREATED:
+                deployment = records.decode_deployment(entry.record)
+                self.deployments = {**self.deployments, deployment.deployment_id: deployment}
+            case EntryKind.DEPLOYMENT_ENDED:
+                deployment_id = records.decode_ended(entry.record)
+                ended = dataclasses.replace(self.deployments[deployment_id], ended_at_ms=entry.at_ms)
+                self.deployments = {**self.deployments, deployment_id: ended}
+            case EntryKind.CASE_CREATED:
+                authority = records.decode_case(entry.record)
+                self.cases = {**self.cases, authority.case_reference: authority}
+            case EntryKind.CASE_ENDED:
+                reference = records.decode_ended(entry.record)
+                closed = dataclasses.replace(self.cases[reference], ended_at_ms=entry.at_ms)
+                self.cases = {**self.cases, reference: closed}
+            case EntryKind.ENROL | EntryKind.WITHDRAW:
+                pass

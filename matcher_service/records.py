@@ -1,0 +1,213 @@
+"""Catalogue values to the JSON of log entries and back. Pure; the format only ever grows.
+
+Arrays stand as base64 of little-endian float32, row after row.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+import orjson
+
+from matcher_service.errors import DataDamaged
+from matcher_service.terms import (
+    Case,
+    Deployment,
+    Float32,
+    Gallery,
+    GalleryKind,
+    ScoreTable,
+    SpaceId,
+    SpaceMap,
+    TemplateSpace,
+)
+
+Decoded = TypeVar("Decoded")
+
+
+def _sensible(what: str) -> Callable[[Callable[[bytes], Decoded]], Callable[[bytes], Decoded]]:
+    """Turns what a senseless record raises into DataDamaged."""
+
+    def around(decode: Callable[[bytes], Decoded]) -> Callable[[bytes], Decoded]:
+        @functools.wraps(decode)
+        def checked(record: bytes) -> Decoded:
+            try:
+                return decode(record)
+            except (KeyError, TypeError, ValueError) as error:
+                raise DataDamaged(
+                    f"a log entry holds no sensible {what}: {error!r}",
+                    hint="restore the log from its backup; this release may also be older than the log",
+                ) from error
+
+        return checked
+
+    return around
+
+
+def encode_gallery(gallery: Gallery) -> bytes:
+    return orjson.dumps(gallery_dict(gallery))
+
+
+def gallery_dict(gallery: Gallery) -> dict[str, Any]:
+    return {
+        "gallery_id": gallery.gallery_id,
+        "kind": gallery.kind.value,
+        "controller": gallery.controller,
+        "lawful_basis": gallery.lawful_basis,
+        "purpose": gallery.purpose,
+        "retention_ms": gallery.retention_ms,
+        "space": space_id_dict(gallery.space),
+        "threshold": gallery.threshold,
+        "created_at_ms": gallery.created_at_ms,
+    }
+
+
+@_sensible("gallery")
+def decode_gallery(record: bytes) -> Gallery:
+    """Raises DataDamaged if the record makes no sense; so do the other decoders."""
+    found = orjson.loads(record)
+    return Gallery(
+        gallery_id=found["gallery_id"],
+        kind=GalleryKind(found["kind"]),
+        controller=found["controller"],
+        lawful_basis=found["lawful_basis"],
+        purpose=found["purpose"],
+        retention_ms=found["retention_ms"],
+        space=_space_id(found["space"]),
+        threshold=found["threshold"],
+        created_at_ms=found["created_at_ms"],
+    )
+
+
+def space_id_dict(space: SpaceId) -> dict[str, Any]:
+    return {"name": space.name, "version": space.version, "dimension": space.dimension}
+
+
+def encode_space(space: TemplateSpace) -> bytes:
+    return orjson.dumps(space_dict(space))
+
+
+def space_dict(space: TemplateSpace) -> dict[str, Any]:
+    table = space.score_table
+    return {
+        "space": space_id_dict(space.id),
+        "centre": _array_text(space.centre),
+        "maps": [{"source": space_id_dict(one.source), "matrix": _array_text(one.matrix)} for one in space.maps],
+        "score_table": None
+        if table is None
+        else {"scores": list(table.scores), "rates": list(table.rates), "method": table.method},
+    }
+
+
+@_sensible("template space")
+def decode_space(record: bytes) -> TemplateSpace:
+    found = orjson.loads(record)
+    space_id = _space_id(found["space"])
+    maps = []
+    for one in found["maps"]:
+        source = _space_id(one["source"])
+        maps.append(SpaceMap(source, _array(one["matrix"]).reshape(space_id.dimension, source.dimension)))
+    table = found["score_table"]
+    return TemplateSpace(
+        id=space_id,
+        centre=_array(found["centre"]),
+        maps=tuple(maps),
+        score_table=None
+        if table is None
+        else ScoreTable(tuple(table["scores"]), tuple(table["rates"]), table["method"]),
+    )
+
+
+def encode_deployment(deployment: Deployment) -> bytes:
+    return orjson.dumps(deployment_dict(deployment))
+
+
+def deployment_dict(deployment: Deployment) -> dict[str, Any]:
+    return {
+        "deployment_id": deployment.deployment_id,
+        "gallery_ids": list(deployment.gallery_ids),
+        "opens_at_ms": deployment.opens_at_ms,
+        "closes_at_ms": deployment.closes_at_ms,
+        "probe_age_ms_max": deployment.probe_age_ms_max,
+        "authorised_by": deployment.authorised_by,
+        "reason": deployment.reason,
+        "place": deployment.place,
+        "rank_max": deployment.rank_max,
+        "ended_at_ms": deployment.ended_at_ms,
+    }
+
+
+@_sensible("deployment")
+def decode_deployment(record: bytes) -> Deployment:
+    found = orjson.loads(record)
+    return Deployment(
+        deployment_id=found["deployment_id"],
+        gallery_ids=tuple(found["gallery_ids"]),
+        opens_at_ms=found["opens_at_ms"],
+        closes_at_ms=found["closes_at_ms"],
+        probe_age_ms_max=found["probe_age_ms_max"],
+        authorised_by=found["authorised_by"],
+        reason=found["reason"],
+        place=found["place"],
+        rank_max=found["rank_max"],
+        ended_at_ms=found["ended_at_ms"],
+    )
+
+
+def encode_case(case: Case) -> bytes:
+    return orjson.dumps(case_dict(case))
+
+
+def case_dict(case: Case) -> dict[str, Any]:
+    return {
+        "case_reference": case.case_reference,
+        "gallery_ids": list(case.gallery_ids),
+        "opens_at_ms": case.opens_at_ms,
+        "closes_at_ms": case.closes_at_ms,
+        "requested_by": case.requested_by,
+        "purpose": case.purpose,
+        "rank_max": case.rank_max,
+        "ended_at_ms": case.ended_at_ms,
+    }
+
+
+@_sensible("case")
+def decode_case(record: bytes) -> Case:
+    found = orjson.loads(record)
+    return Case(
+        case_reference=found["case_reference"],
+        gallery_ids=tuple(found["gallery_ids"]),
+        opens_at_ms=found["opens_at_ms"],
+        closes_at_ms=found["closes_at_ms"],
+        requested_by=found["requested_by"],
+        purpose=found["purpose"],
+        rank_max=found["rank_max"],
+        ended_at_ms=found["ended_at_ms"],
+    )
+
+
+def encode_ended(name: str) -> bytes:
+    """The record of DEPLOYMENT_ENDED and CASE_ENDED: which one."""
+    return orjson.dumps({"ended": name})
+
+
+@_sensible("end of an authority")
+def decode_ended(record: bytes) -> str:
+    found = orjson.loads(record)
+    return str(found["ended"])
+
+
+def _space_id(found: Any) -> SpaceId:
+    return SpaceId(found["name"], found["version"], found["dimension"])
+
+
+def _array_text(array: Float32) -> str:
+    return base64.b64encode(np.ascontiguousarray(array, dtype="<f4").tobytes()).decode()
+
+
+def _array(text: str) -> Float32:
+    return np.frombuffer(base64.b64decode(text, validate=True), dtype="<f4").astype(np.float32)
