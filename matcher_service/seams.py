@@ -5,7 +5,7 @@ Docstrings here are obligations: each has a contract test that every implementat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from matcher_service.errors import MatcherError
@@ -13,6 +13,7 @@ from matcher_service.terms import (
     Actor,
     Alert,
     AuditEvent,
+    EntryKind,
     Float32,
     Float64,
     LogEntry,
@@ -102,8 +103,9 @@ class GalleryLog(Protocol):
         """
         ...
 
-    async def read(self, after: int, limit: int) -> list[LogEntry]:
-        """Committed entries with sequence > after, in order, at most `limit`; [] if there are none."""
+    async def read(self, after: int, limit: int, kinds: Collection[EntryKind] | None = None) -> list[LogEntry]:
+        """Committed entries with sequence > after, in order, at most `limit`; [] if there are none. With
+        `kinds` only those kinds, and without visiting the others one by one."""
         ...
 
     async def head(self) -> int:

@@ -1,0 +1,111 @@
+"""From candidates to decisions. Pure.
+
+A candidate at or above the threshold makes an ALERT even when parts are missing; INCOMPLETE means no candidate
+and something missing (law 4). Without a written audit nothing is disclosed (law 7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from matcher_service.batching import Found
+from matcher_service.errors import MatcherError
+from matcher_service.terms import (
+    Alert,
+    Candidate,
+    Cause,
+    Decision,
+    Outcome,
+    ProbeMessage,
+)
+
+
+def rejection(probe_id: str, refusal: MatcherError) -> Decision:
+    """The one answer of a probe that was refused."""
+    detail = f"{refusal.detail}; {refusal.hint}" if refusal.hint else refusal.detail
+    return Decision(
+        probe_id,
+        Outcome.REJECTED,
+        cause=refusal.cause,
+        detail=detail,
+        field=refusal.field,
+        retry_after_ms=refusal.retry_after_ms or 0,
+    )
+
+
+def candidates_of(found: Found, gallery_ids: Sequence[str], probe: int) -> tuple[Candidate, ...]:
+    """Candidates of one probe in rank order."""
+    result = found.result
+    first, last = int(result.offsets[probe]), int(result.offsets[probe + 1])
+    return tuple(
+        Candidate(
+            subject_id=result.subject_ids[at],
+            reference_id=result.reference_ids[at],
+            gallery_id=gallery_ids[int(result.gallery[at])],
+            score=float(result.scores[at]),
+            rank=at - first + 1,
+            false_match_rate=float(found.rates[at]),
+        )
+        for at in range(first, last)
+    )
+
+
+def decide(
+    probe_ids: Sequence[str],
+    found: Found,
+    gallery_ids: Sequence[str],
+    missing: bool,
+    new_alert_id: Callable[[], str],
+) -> list[Decision]:
+    """One decision per searched probe, in order. `missing`: some part of the galleries did not answer."""
+    result = found.result
+    without = Outcome.INCOMPLETE if missing else Outcome.NO_CANDIDATE
+    cause = Cause.SHARD_UNAVAILABLE if missing else ""
+    decisions = [Decision(probe_id, without, (), cause) for probe_id in probe_ids]
+    if result.scores.size:
+        counts = result.offsets[1:] - result.offsets[:-1]
+        for probe in counts.nonzero()[0].tolist():
+            decisions[probe] = Decision(
+                probe_ids[probe],
+                Outcome.ALERT,
+                candidates_of(found, gallery_ids, probe),
+                alert_id=new_alert_id(),
+            )
+    return decisions
+
+
+def alert_records(
+    message: ProbeMessage,
+    decisions: Sequence[Decision],
+    thresholds: Mapping[str, float],
+    sequence: int,
+    policy_version: str,
+    complete: bool,
+    raised_at_ms: int,
+) -> list[Alert]:
+    """What is recorded of the decisions that alert; nothing of the others. `decisions` is parallel to the
+    message's probes."""
+    return [
+        Alert(
+            alert_id=decision.alert_id,
+            probe_id=decision.probe_id,
+            deployment_id=message.deployment_id,
+            case_reference=message.case_reference,
+            raised_at_ms=raised_at_ms,
+            captured_at_ms=int(message.captured_at_ms[row]),
+            candidates=decision.candidates,
+            thresholds=thresholds,
+            sequence=sequence,
+            policy_version=policy_version,
+            complete=complete,
+        )
+        for row, decision in enumerate(decisions)
+        if decision.outcome is Outcome.ALERT
+    ]
+
+
+def withheld(decision: Decision, cause: Cause) -> Decision:
+    """The decision when its audit could not be written: no candidates, INCOMPLETE."""
+    if decision.outcome is Outcome.REJECTED:
+        return decision
+    return Decision(decision.probe_id, Outcome.INCOMPLETE, cause=cause, detail="the audit could not be written")

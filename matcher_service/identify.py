@@ -1,0 +1,200 @@
+"""The read flow: policy > admission > batching > template_adapter > shards > score_calibrator > decision >
+audit > reply. Stations in order; each does its own work elsewhere.
+
+Law 6: nothing of a probe without a candidate outlives its reply. This module logs nothing per probe, and the
+metrics it touches are counters by outcome and unlabelled histograms.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import structlog
+
+from matcher_service import decision, policy
+from matcher_service.admission import Admission
+from matcher_service.alerts import AlertFeed
+from matcher_service.batching import Batch, Batcher, Found, Lane
+from matcher_service.catalogue import Catalogue
+from matcher_service.clock import LawfulTime
+from matcher_service.errors import AuditUnavailable
+from matcher_service.metrics import Metrics
+from matcher_service.replay import Replay
+from matcher_service.seams import Clock, GalleryLog, Models, Shard
+from matcher_service.terms import (
+    Alert,
+    AuditEvent,
+    Cause,
+    Decision,
+    IdentifyReply,
+    Outcome,
+    ProbeMessage,
+    SearchRequest,
+)
+
+_log = structlog.get_logger(__name__)
+
+
+class Searching:
+    """What the batcher runs for each batch: adapt, search, calibrate."""
+
+    def __init__(self, models: Models, shard: Shard, time: LawfulTime, clock: Clock, metrics: Metrics) -> None:
+        self._models = models
+        self._shard = shard
+        self._time = time
+        self._clock = clock
+        self._adapter_seconds = metrics.station_seconds.labels("template_adapter")
+        self._shard_seconds = metrics.station_seconds.labels("shards")
+        self._certified = metrics.certificates.labels("certified")
+        self._scanned = metrics.certificates.labels("scanned")
+
+    async def __call__(self, batch: Batch) -> Found:
+        began = self._clock.monotonic()
+        probes = await self._models.adapt(batch.lane.source, batch.lane.target, batch.templates)
+        adapted = self._clock.monotonic()
+        self._adapter_seconds.observe(adapted - began)
+        usable = probes.any(axis=1)
+        floors = batch.floors if usable.all() else np.where(usable[:, None], batch.floors, np.float32(np.inf))
+        result = await self._shard.search(
+            SearchRequest(batch.lane.gallery_ids, probes, floors, batch.rank_max, self._time.now_ms())
+        )
+        self._shard_seconds.observe(self._clock.monotonic() - adapted)
+        self._certified.inc(result.certified)
+        self._scanned.inc(result.scanned)
+        rates = await self._models.false_match_rates(batch.lane.target, result.scores)
+        return Found(result, rates, usable)
+
+
+class Identify:
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        admission: Admission,
+        batcher: Batcher,
+        replay: Replay,
+        log: GalleryLog,
+        feed: AlertFeed,
+        time: LawfulTime,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
+        self._catalogue = catalogue
+        self._admission = admission
+        self._batcher = batcher
+        self._replay = replay
+        self._log = log
+        self._feed = feed
+        self._time = time
+        self._clock = clock
+        self._metrics = metrics
+        self._outcomes = {outcome: metrics.decisions.labels(outcome.value) for outcome in Outcome}
+        self._policy_seconds = metrics.station_seconds.labels("policy")
+        self._batching_seconds = metrics.station_seconds.labels("batching_and_search")
+        self._audit_seconds = metrics.station_seconds.labels("audit")
+
+    async def __call__(self, message: ProbeMessage) -> IdentifyReply:
+        """Answer every probe of the message once; raises MatcherError if the message as a whole is refused."""
+        began = self._clock.monotonic()
+        now_ms = self._time.now_ms()
+        plan = policy.plan(message, self._catalogue, now_ms)
+        judged = policy.judge_probes(message, plan, now_ms)
+        self._policy_seconds.observe(self._clock.monotonic() - began)
+        with self._admission.admit(message.actor, len(message.probe_ids), message.deadline) as permit:
+            await self._replay.reached(message.min_sequence, message.deadline)
+            missing = self._replay.missing()
+            templates = message.templates if not judged.refusals else message.templates[judged.usable]
+            sequence = self._replay.applied
+            searched: list[Decision] = []
+            if judged.count:
+                submitted = self._clock.monotonic()
+                found = await self._batcher.submit(
+                    permit,
+                    Lane(plan.source, plan.target, plan.gallery_ids),
+                    templates,
+                    policy.floors(plan, judged.count),
+                    plan.rank_max,
+                    message.deadline,
+                )
+                self._batching_seconds.observe(self._clock.monotonic() - submitted)
+                sequence = found.result.sequence
+                missing = tuple(sorted({*missing, *found.result.missing}))
+                probe_ids = _usable_ids(message.probe_ids, judged)
+                searched = decision.decide(probe_ids, found, plan.gallery_ids, bool(missing), self._new_alert_id)
+                for row in (~found.usable).nonzero()[0].tolist():
+                    searched[row] = decision.rejection(probe_ids[row], policy.zero_template(row))
+            decisions = _in_order(message.probe_ids, judged, searched)
+            thresholds = dict(zip(plan.gallery_ids, plan.thresholds, strict=True))
+            alerts = decision.alert_records(
+                message, decisions, thresholds, sequence, policy.POLICY_VERSION, not missing, now_ms
+            )
+            if alerts or message.case_reference:
+                decisions = await self._audited(message, plan, decisions, alerts)
+        self._count(decisions)
+        self._metrics.identify_seconds.observe(self._clock.monotonic() - message.received_at)
+        return IdentifyReply(
+            decisions=decisions,
+            sequence=sequence,
+            space=plan.target,
+            policy_version=policy.POLICY_VERSION,
+            thresholds=thresholds,
+            missing=missing,
+            message_id=message.message_id,
+        )
+
+    async def _audited(
+        self, message: ProbeMessage, plan: policy.SearchPlan, decisions: list[Decision], alerts: Sequence[Alert]
+    ) -> list[Decision]:
+        """Write what must be in the audit before anything is disclosed; withhold everything if it cannot be."""
+        began = self._clock.monotonic()
+        events = []
+        if message.case_reference:
+            events.append(
+                AuditEvent(
+                    actor=message.actor.name,
+                    action="case_search",
+                    subject=message.case_reference,
+                    detail={
+                        "galleries": list(plan.gallery_ids),
+                        "probes": len(message.probe_ids),
+                        "candidates": sum(len(one.candidates) for one in decisions),
+                    },
+                )
+            )
+        try:
+            await self._log.record(events, alerts)
+        except AuditUnavailable as error:
+            _log.error("audit_unavailable", detail=str(error))
+            return [decision.withheld(one, Cause.AUDIT_UNAVAILABLE) for one in decisions]
+        self._audit_seconds.observe(self._clock.monotonic() - began)
+        self._feed.publish(alerts)
+        return decisions
+
+    def _new_alert_id(self) -> str:
+        # Time first, so that ids sort as alerts were raised.
+        return f"{self._time.now_ms():012x}-{secrets.token_hex(8)}"
+
+    def _count(self, decisions: Sequence[Decision]) -> None:
+        for outcome, count in Counter(one.outcome for one in decisions).items():
+            self._outcomes[outcome].inc(count)
+        for one in decisions:
+            if one.outcome is Outcome.REJECTED:
+                self._metrics.rejections.labels(one.cause).inc()
+
+
+def _usable_ids(probe_ids: Sequence[str], judged: policy.JudgedRows) -> Sequence[str]:
+    if not judged.refusals:
+        return probe_ids
+    return [probe_id for row, probe_id in enumerate(probe_ids) if row not in judged.refusals]
+
+
+def _in_order(probe_ids: Sequence[str], judged: policy.JudgedRows, searched: list[Decision]) -> list[Decision]:
+    if not judged.refusals:
+        return searched
+    rest = iter(searched)
+    return [
+        decision.rejection(probe_id, judged.refusals[row]) if row in judged.refusals else next(rest)
+        for row, probe_id in enumerate(probe_ids)
+    ]

@@ -1,0 +1,137 @@
+"""From the log to the shard and the catalogue of this process, at start and live. The only way in."""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+
+from matcher_service.catalogue import CATALOGUE_KINDS, Catalogue
+from matcher_service.clock import LawfulTime
+from matcher_service.errors import MatcherError, MemoryRefused, ReplayBehind
+from matcher_service.metrics import Metrics
+from matcher_service.seams import Clock, GalleryLog, Models, ReplayedShard
+from matcher_service.terms import EntryKind, LogEntry
+
+BLOCK_ENTRIES = 4096
+RETRY_S = 0.5
+
+# A shard that has stood behind the log for longer answers as if a part were missing (law 5).
+FRESHNESS_LEASE_S = 0.5
+
+_log = structlog.get_logger(__name__)
+
+
+class Replay:
+    def __init__(
+        self,
+        log: GalleryLog,
+        shard: ReplayedShard,
+        catalogue: Catalogue,
+        models: Models,
+        time: LawfulTime,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
+        self._log = log
+        self._shard = shard
+        self._catalogue = catalogue
+        self._models = models
+        self._time = time
+        self._clock = clock
+        self._metrics = metrics
+        self._applied = 0
+        self._progress = asyncio.Condition()
+        self._behind_since: float | None = None
+        self._refusal: MatcherError | None = None
+
+    @property
+    def applied(self) -> int:
+        """The sequence up to which the shard and the catalogue have applied the log."""
+        return self._applied
+
+    @property
+    def refusal(self) -> MatcherError | None:
+        """Why replay is stuck, if it is."""
+        return self._refusal
+
+    def missing(self) -> tuple[str, ...]:
+        """What an answer of this process lacks now: the tail of the log, if replay is stuck."""
+        since = self._behind_since
+        if self._refusal is None or since is None or self._clock.monotonic() - since < FRESHNESS_LEASE_S:
+            return ()
+        return (f"log tail beyond {self._applied}",)
+
+    async def catch_up(self) -> None:
+        """At start: the whole catalogue, then what the shard has not yet applied, up to the head."""
+        after = 0
+        while entries := await self._log.read(after, BLOCK_ENTRIES, CATALOGUE_KINDS):
+            await self._catalogue_applies(entries)
+            after = entries[-1].sequence
+        self._applied = (await self._shard.status()).sequence
+        while await self._step(known_catalogue=after):
+            pass
+        self._metrics.applied_sequence.set(self._applied)
+
+    async def run(self) -> None:
+        """Live, until cancelled. What cannot be applied is tried again; the answers say that it is missing."""
+        while True:
+            await self._log.wait_beyond(self._applied)
+            try:
+                await self._step()
+            except MemoryRefused as refusal:
+                if self._refusal is None:
+                    _log.error("replay_stuck", detail=str(refusal), applied=self._applied)
+                self._refusal = refusal
+                self._behind()
+                await asyncio.sleep(RETRY_S)
+
+    async def reached(self, sequence: int, deadline: float) -> None:
+        """Return once `sequence` is applied; raises ReplayBehind at `deadline` (monotonic seconds)."""
+        if sequence <= self._applied:
+            return
+        try:
+            async with asyncio.timeout(deadline - self._clock.monotonic()), self._progress:
+                await self._progress.wait_for(lambda: sequence <= self._applied)
+        except TimeoutError:
+            raise ReplayBehind(
+                f"sequence {sequence} is not applied yet, {self._applied} is",
+                field="min_sequence",
+                hint="ask again; if it stays so, look at matcher_replay_lag_seconds",
+                retry_after_ms=100,
+            ) from None
+
+    async def _step(self, known_catalogue: int = 0) -> bool:
+        """Apply one block; False at the head. Catalogue entries up to `known_catalogue` are already applied."""
+        entries = await self._log.read(self._applied, BLOCK_ENTRIES, None)
+        if not entries:
+            self._behind_since = None
+            self._metrics.replay_lag_seconds.set(0)
+            return False
+        self._behind()
+        self._metrics.log_sequence.set(entries[-1].sequence)
+        # Time first: what the entries' own times already let expire must not be returned by a search that
+        # sees them. The catalogue last: a gallery is offered only when the shard holds it.
+        self._time.observe(max(entry.at_ms for entry in entries))
+        await self._shard.apply(entries)
+        await self._catalogue_applies([entry for entry in entries if entry.sequence > known_catalogue])
+        self._refusal = None
+        async with self._progress:
+            self._applied = entries[-1].sequence
+            self._progress.notify_all()
+        self._metrics.applied_sequence.set(self._applied)
+        return True
+
+    def _behind(self) -> None:
+        now = self._clock.monotonic()
+        if self._behind_since is None:
+            self._behind_since = now
+        self._metrics.replay_lag_seconds.set(now - self._behind_since)
+
+    async def _catalogue_applies(self, entries: list[LogEntry]) -> None:
+        before = self._catalogue.spaces
+        self._catalogue.apply(entries)
+        if any(entry.kind is EntryKind.SPACE_REGISTERED for entry in entries):
+            for space_id, space in self._catalogue.spaces.items():
+                if space_id not in before:
+                    await self._models.register(space)
