@@ -78,7 +78,7 @@ class Writing:
             rows = [row for row in range(len(message.reference_ids)) if row not in refusals]
             adapted = await self._models.adapt(message.space, gallery.space, message.templates[rows])
             stored = adapted.astype("<f2")
-            directed = stored.any(axis=1)
+            directed = np.asarray(stored.any(axis=1))
             width = stored.shape[1] * stored.itemsize
             templates = stored.tobytes()
             writes: list[Write] = []

@@ -56,7 +56,7 @@ class Searching:
         probes = await self._models.adapt(batch.lane.source, batch.lane.target, batch.templates)
         adapted = self._clock.monotonic()
         self._adapter_seconds.observe(adapted - began)
-        usable = probes.any(axis=1)
+        usable = np.asarray(probes.any(axis=1))
         floors = batch.floors if usable.all() else np.where(usable[:, None], batch.floors, np.float32(np.inf))
         result = await self._shard.search(
             SearchRequest(batch.lane.gallery_ids, probes, floors, batch.rank_max, self._time.now_ms())

@@ -203,7 +203,7 @@ class JudgedRows:
 
 def judge_templates(templates: Float32) -> JudgedRows:
     """Rows [n, d] that are neither infinite, nor NaN, nor zero."""
-    usable = np.isfinite(templates).all(axis=1)
+    usable = np.asarray(np.isfinite(templates).all(axis=1))
     refusals: dict[int, MatcherError] = {
         int(row): InvalidInput(
             "the template holds NaN or infinity",
@@ -213,7 +213,7 @@ def judge_templates(templates: Float32) -> JudgedRows:
         )
         for row in np.flatnonzero(~usable)
     }
-    some = templates.any(axis=1)
+    some = np.asarray(templates.any(axis=1))
     for row in np.flatnonzero(usable & ~some):
         refusals[int(row)] = zero_template(int(row))
     return JudgedRows(usable & some, refusals)
