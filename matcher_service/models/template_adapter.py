@@ -1,0 +1,113 @@
+"""Raw templates to unit rows of a template space.
+
+A template's space has a centre, without which unrelated faces of a real model point the same way. Adapting is:
+subtract the centre of the template's own space and normalise; where the wanted space is another, apply its linear
+map from the first and normalise again. The scores of adapted templates are cosines.
+
+The result of a row is the same to the last bit whatever batch it stands in, and on any machine: every sum is a
+fixed tree of elementwise float64 operations, because BLAS and SIMD reductions choose their order by the shape.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from matcher_service.errors import InvalidInput
+from matcher_service.terms import Cause, Float32, Float64, TemplateSpace
+
+# Rows mapped at a time: the float64 accumulator of such a block stays in the processor's cache.
+_MAP_BLOCK_ROWS = 128
+
+
+def adapt(templates: Float32, source: TemplateSpace, target: TemplateSpace) -> Float32:
+    """Raw `templates` float32 [n, source dimension], finite, to unit rows float32 [n, target dimension], C order.
+
+    A row that cannot be normalised (it equals the centre, is not finite, or is sent to the origin by the map) comes
+    back as zeros. Raises InvalidInput: WRONG_DIMENSION if the rows do not have the source's dimension, WRONG_SPACE if
+    the spaces differ and the target has no map from the source.
+    """
+    if templates.ndim != 2 or templates.shape[1] != source.id.dimension:
+        raise InvalidInput(
+            f"templates have shape {templates.shape}, the space {source.id} needs [n, {source.id.dimension}]",
+            field="templates",
+            hint="send templates of the space that the message names",
+            cause=Cause.WRONG_DIMENSION,
+        )
+    unit = _unit_rows(templates.astype(np.float64) - source.centre.astype(np.float64))
+    if source.id != target.id:
+        unit = _unit_rows(_mapped(unit, _matrix(source, target)))
+    return np.ascontiguousarray(unit, dtype=np.float32)
+
+
+def check_space(space: TemplateSpace) -> None:
+    """Raises InvalidInput, naming the field, unless the centre and the maps are finite and fit the dimensions."""
+    dimension = space.id.dimension
+    if dimension < 2 or space.centre.shape != (dimension,) or not np.isfinite(space.centre).all():
+        raise InvalidInput(
+            f"the centre has shape {space.centre.shape}; {space.id} needs {dimension} finite values",
+            field="centre",
+            hint="send the mean of representative raw templates of this model version",
+            cause=Cause.WRONG_DIMENSION if space.centre.shape != (dimension,) else Cause.NOT_FINITE,
+        )
+    seen = set()
+    for one in space.maps:
+        wanted = (dimension, one.source.dimension)
+        if one.source == space.id or one.source in seen:
+            raise InvalidInput(
+                f"more than one way from {one.source} to {space.id}",
+                field="maps",
+                hint="give one map for each other space, and none from the space to itself",
+            )
+        if one.matrix.shape != wanted or not np.isfinite(one.matrix).all():
+            raise InvalidInput(
+                f"the map from {one.source} has shape {one.matrix.shape}; it needs {list(wanted)} finite values",
+                field="maps",
+                hint="send the matrix as rows of the target's dimension",
+                cause=Cause.WRONG_DIMENSION if one.matrix.shape != wanted else Cause.NOT_FINITE,
+            )
+        seen.add(one.source)
+
+
+def _matrix(source: TemplateSpace, target: TemplateSpace) -> Float32:
+    for one in target.maps:
+        if one.source == source.id:
+            return one.matrix
+    raise InvalidInput(
+        f"no map from {source.id} to {target.id}",
+        field="space",
+        hint="send templates of the galleries' own space, or register that space with a map",
+        cause=Cause.WRONG_SPACE,
+    )
+
+
+def _mapped(unit: Float64, matrix: Float32) -> Float64:
+    """unit [n, ds] times matrix.T [ds, dt], summed in the order of the source's coordinates."""
+    columns = np.ascontiguousarray(matrix.T, dtype=np.float64)
+    result = np.zeros((len(unit), matrix.shape[0]))
+    for start in range(0, len(unit), _MAP_BLOCK_ROWS):
+        block = unit[start : start + _MAP_BLOCK_ROWS]
+        total = result[start : start + _MAP_BLOCK_ROWS]
+        term = np.empty_like(total)
+        for coordinate, column in enumerate(columns):
+            np.multiply(block[:, coordinate, None], column, out=term)
+            total += term
+    return result
+
+
+def _unit_rows(rows: Float64) -> Float64:
+    norms = np.sqrt(_row_sums(rows * rows))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        unit = rows / norms[:, None]
+    unit[~(np.isfinite(norms) & (norms > 0))] = 0.0
+    return unit
+
+
+def _row_sums(rows: Float64) -> Float64:
+    """Sum of each row by folding its halves onto each other; overwrites nothing."""
+    width = 1 << max(0, rows.shape[1] - 1).bit_length()
+    folded = np.zeros((len(rows), width))
+    folded[:, : rows.shape[1]] = rows
+    while width > 1:
+        width //= 2
+        folded = folded[:, :width] + folded[:, width:]
+    return np.ascontiguousarray(folded[:, 0])
