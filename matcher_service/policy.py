@@ -180,7 +180,8 @@ def require_comparable(source: SpaceId, target: SpaceId, catalogue: Catalogue) -
             hint=f"send templates of dimension {target.dimension}",
         )
     space = catalogue.spaces.get(target)
-    if space is None or all(mapped.source != source for mapped in space.maps):
+    known = source in catalogue.spaces and space is not None
+    if not known or all(mapped.source != source for mapped in space.maps):
         raise InvalidInput(
             f"templates of {source} cannot be compared in {target}",
             field="space",

@@ -133,5 +133,5 @@ class Replay:
         self._catalogue.apply(entries)
         if any(entry.kind is EntryKind.SPACE_REGISTERED for entry in entries):
             for space_id, space in self._catalogue.spaces.items():
-                if space_id not in before:
+                if before.get(space_id) is not space:
                     await self._models.register(space)

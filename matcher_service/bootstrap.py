@@ -1,0 +1,308 @@
+"""The only place that chooses implementations, and the order in which things start and stop.
+
+Start: lock, token, keys and log, shard, replay up to the head, background tasks, gRPC, HTTP, ready.
+Stop:  not ready, refuse new work, finish what was admitted, close the edges, end the tasks, close the stores.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import prometheus_client
+import structlog
+import uvicorn
+import uvloop
+
+from matcher_service import process_lock, upkeep
+from matcher_service.admission import Admission, ServiceTime
+from matcher_service.alerts import AlertFeed
+from matcher_service.batching import Batcher
+from matcher_service.catalogue import Catalogue
+from matcher_service.clock import LawfulTime, SystemClock
+from matcher_service.enrol import Writing
+from matcher_service.errors import MatcherError, StartRefused
+from matcher_service.gallery.keys import Keyring
+from matcher_service.gallery.log import open_sqlite_log
+from matcher_service.gateway import credentials
+from matcher_service.gateway.grpc import build_grpc_server
+from matcher_service.gateway.http import build_http_app
+from matcher_service.gateway.service import Service
+from matcher_service.identify import Identify, Searching
+from matcher_service.metrics import Metrics
+from matcher_service.models.local import LocalModels
+from matcher_service.replay import Replay
+from matcher_service.seams import Clock
+from matcher_service.settings import Settings, is_loopback
+from matcher_service.shards.local import LocalShard
+
+# Time for answers already computed to leave through open streams.
+FAREWELL_S = 1.0
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Running:
+    """A running service: where it answers, and `failed`, which is set if one of its tasks died."""
+
+    service: Service
+    http_port: int
+    grpc_port: int
+    token: str
+    token_file: Path
+    failed: asyncio.Event
+
+
+class _Tasks:
+    """Owns the background tasks: sees each death, and ends them all."""
+
+    def __init__(self) -> None:
+        self.failed = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name=name)
+        task.add_done_callback(self._ended)
+        self._tasks.append(task)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled():
+            return
+        _log.critical("task_died", task=task.get_name(), exc_info=task.exception())
+        self.failed.set()
+
+    async def end(self) -> None:
+        for task in reversed(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+class _HttpServer(uvicorn.Server):
+    """uvicorn without its signal handlers: the process has one place that decides when to stop."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@asynccontextmanager
+async def running(
+    settings: Settings, clock: Clock | None = None, metrics: Metrics | None = None
+) -> AsyncIterator[Running]:
+    """The whole service in this event loop, from start to ordered stop. Raises StartRefused."""
+    clock = clock or SystemClock()
+    metrics = metrics or Metrics(prometheus_client.CollectorRegistry())
+    data_dir = settings.storage.data_dir
+    with process_lock.held(data_dir):
+        token, token_file = credentials.load_or_create(data_dir)
+        keys = Keyring.open(settings.keys_dir)
+        log = await open_sqlite_log(data_dir, keys, settings.storage, clock)
+        try:
+            shard = await LocalShard.open(data_dir / "index", keys.key, settings.index, clock)
+            try:
+                async with _serving(settings, clock, metrics, log, shard, token, token_file) as service:
+                    yield service
+            finally:
+                await shard.close()
+        finally:
+            await log.close()
+
+
+@asynccontextmanager
+async def _serving(
+    settings: Settings,
+    clock: Clock,
+    metrics: Metrics,
+    log: Any,
+    shard: LocalShard,
+    token: str,
+    token_file: Path,
+) -> AsyncIterator[Running]:
+    admissions = settings.admission
+    time, models, catalogue, feed = LawfulTime(clock), LocalModels(), Catalogue(), AlertFeed()
+    replay = Replay(log, shard, catalogue, models, time, clock, metrics)
+    await replay.catch_up()
+
+    batching = settings.batching
+    service_time = ServiceTime(batching.batch_probes_max, batching.batches_in_flight_max)
+    probes = Admission(
+        admissions.probes_in_flight_max,
+        admissions.probes_in_flight_per_credential_max,
+        service_time,
+        clock,
+        metrics.permits_in_use.labels("identify"),
+    )
+    references = Admission(
+        admissions.references_in_flight_max,
+        admissions.references_in_flight_max,
+        ServiceTime(admissions.references_in_flight_max, 1),
+        clock,
+        metrics.permits_in_use.labels("enrol"),
+    )
+    batcher = Batcher(
+        Searching(models, shard, time, clock, metrics),
+        service_time,
+        clock,
+        metrics,
+        probes_max=batching.batch_probes_max,
+        searchers=batching.batches_in_flight_max,
+    )
+    identify = Identify(catalogue, probes, batcher, replay, log, feed, time, clock, metrics)
+    writing = Writing(catalogue, references, models, log, replay, time, clock, settings.limits, metrics)
+
+    ready = False
+
+    def readiness() -> tuple[bool, str]:
+        if not ready:
+            return False, "starting or stopping"
+        return (True, "") if replay.refusal is None else (False, f"replay is stuck: {replay.refusal}")
+
+    service = Service(
+        identify=identify,
+        enrol=writing.enrol,
+        withdraw=writing.withdraw,
+        withdraw_subject=writing.withdraw_subject,
+        change=writing.change,
+        catalogue=catalogue,
+        log=log,
+        alert_feed=feed,
+        ready=readiness,
+        settings=settings,
+        metrics=metrics,
+        clock=clock,
+        credentials=credentials.BearerToken(token),
+    )
+    tasks = _Tasks()
+    tasks.start("replay", replay.run())
+    tasks.start("batcher", batcher.run())
+    tasks.start("tend", upkeep.tend(shard, metrics))
+    erase_within_s = settings.storage.erase_within_h * 3600
+    tasks.start("erase", upkeep.erase_when_due(log, time, clock, metrics, erase_within_s))
+    try:
+        async with _edges(service) as (http_port, grpc_port):
+            ready = True
+            try:
+                yield Running(service, http_port, grpc_port, token, token_file, tasks.failed)
+            finally:
+                ready = False
+                probes.close()
+                references.close()
+                try:
+                    async with asyncio.timeout(settings.server.drain_s_max):
+                        await probes.idle()
+                        await references.idle()
+                except TimeoutError:
+                    _log.warning("drain_cut_short", after_s=settings.server.drain_s_max)
+    finally:
+        await tasks.end()
+
+
+@asynccontextmanager
+async def _edges(service: Service) -> AsyncIterator[tuple[int, int]]:
+    """Both listeners, from bound ports to closed ones."""
+    server = service.settings.server
+    grpc_server = build_grpc_server(service)
+    grpc_port = await grpc_server.start()
+    try:
+        listener = _bound(server.host, server.http_port, "http_port")
+        http = _HttpServer(
+            uvicorn.Config(
+                build_http_app(service),
+                loop="none",
+                access_log=False,  # its lines would name subjects
+                log_config=None,
+                lifespan="off",
+                ssl_certfile=server.tls_certificate_file,
+                ssl_keyfile=server.tls_key_file,
+                timeout_graceful_shutdown=max(1, int(server.drain_s_max)),
+                server_header=False,
+            )
+        )
+        serving = asyncio.create_task(http.serve(sockets=[listener]), name="http")
+        metrics_server = None
+        if server.metrics_port and not is_loopback(server.host):
+            metrics_server, _ = prometheus_client.start_http_server(
+                server.metrics_port, server.metrics_host, service.metrics.registry
+            )
+        try:
+            yield listener.getsockname()[1], grpc_port
+        finally:
+            if metrics_server is not None:
+                metrics_server.shutdown()
+            http.should_exit = True
+            await serving
+    finally:
+        await grpc_server.stop(FAREWELL_S)
+
+
+def _bound(host: str, port: int, field: str) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise StartRefused(
+            f"cannot listen on {host}:{port}: {error.strerror}", field=f"server.{field}", hint="choose another port"
+        ) from error
+    return listener
+
+
+def serve(settings: Settings) -> int:
+    """Run until SIGTERM or SIGINT; returns the exit code (0: stopped in order, 1: refused or a task died)."""
+    configure_logging(settings.log_level)
+    try:
+        return uvloop.run(_serve(settings))
+    except StartRefused as refusal:
+        print(f"matcher: {refusal}", file=sys.stderr)  # noqa: T201
+        return 1
+    except MatcherError as error:
+        _log.critical("stopped", detail=str(error))
+        return 1
+
+
+async def _serve(settings: Settings) -> int:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for one in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(one, stop.set)
+    async with running(settings) as service:
+        scheme = "https" if settings.server.tls_certificate_file else "http"
+        host = settings.server.host
+        for line in (
+            f"matcher: HTTP  {scheme}://{host}:{service.http_port} (docs at /docs, metrics at /metrics)",
+            f"matcher: gRPC  {host}:{service.grpc_port}",
+            f"matcher: token {service.token_file}",
+        ):
+            print(line, flush=True)  # noqa: T201
+        waits = [asyncio.create_task(stop.wait()), asyncio.create_task(service.failed.wait())]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+        failed = service.failed.is_set()
+        print("matcher: stopping" if not failed else "matcher: stopping, a task died", flush=True)  # noqa: T201
+    return 1 if failed else 0
+
+
+def configure_logging(level: str) -> None:
+    """JSON lines on standard error."""
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )

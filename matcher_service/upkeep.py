@@ -1,0 +1,66 @@
+"""What goes on beside the flows: erasing what is due, tending the index, refreshing the gauges."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+import structlog
+
+from matcher_service.clock import LawfulTime
+from matcher_service.errors import AuditUnavailable, LogUnavailable
+from matcher_service.metrics import Metrics
+from matcher_service.seams import Clock, GalleryLog
+from matcher_service.terms import ShardStatus
+
+TEND_EVERY_S = 1.0
+ERASE_EVERY_S_MAX = 60.0
+
+_log = structlog.get_logger(__name__)
+
+
+class Tended(Protocol):
+    """A shard of this process with work of its own to do in the background."""
+
+    async def maintain(self) -> bool:
+        """One bounded round of sealing, merging, compaction; True if there is more to do at once."""
+        ...
+
+    async def status(self) -> ShardStatus: ...
+
+
+async def erase_when_due(
+    log: GalleryLog, time: LawfulTime, clock: Clock, metrics: Metrics, erase_within_s: float
+) -> None:
+    """Erase withdrawn and expired templates well within the stated time, until cancelled."""
+    every_s = min(ERASE_EVERY_S_MAX, erase_within_s / 4)
+    while True:
+        began = clock.monotonic()
+        try:
+            while erased := await log.erase(time.now_ms()):
+                metrics.erased.inc(erased)
+        except (LogUnavailable, AuditUnavailable) as error:
+            _log.error("erasure_delayed", detail=str(error))
+        await asyncio.sleep(max(0.0, every_s - (clock.monotonic() - began)))
+
+
+async def tend(shard: Tended, metrics: Metrics) -> None:
+    """Tend the shard and publish its size, until cancelled."""
+    shown: set[str] = set()
+    while True:
+        more = await shard.maintain()
+        status = await shard.status()
+        shown = publish(status, metrics, shown)
+        await asyncio.sleep(0 if more else TEND_EVERY_S)
+
+
+def publish(status: ShardStatus, metrics: Metrics, shown: set[str]) -> set[str]:
+    """Set the gauges per gallery, and remove those of galleries that are gone; returns what is shown now."""
+    for gallery_id, live in status.live.items():
+        metrics.references_live.labels(gallery_id).set(live)
+        metrics.references_dead.labels(gallery_id).set(status.dead.get(gallery_id, 0))
+    for gone in shown - set(status.live):
+        metrics.references_live.remove(gone)
+        metrics.references_dead.remove(gone)
+    metrics.index_bytes.set(status.bytes_in_memory)
+    return set(status.live)
