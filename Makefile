@@ -1,0 +1,62 @@
+# Every target sets up what it needs in .venv; Python 3.11+ and make are enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+CORES := $(shell nproc 2>/dev/null || echo 2)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-long lint bench bench-search wire clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.core: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing the service into $(VENV)"
+	@$(PIP) -e '.[cpu]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	@echo "Installing the test tools into $(VENV)"
+	@$(PIP) -e '.[cpu,dev]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.core
+	@echo "Installing the benchmark's rivals into $(VENV)"
+	@$(PIP) -e '.[cpu,bench]'
+	@touch $@
+
+demo: $(VENV)/.core  ## the main job on real templates, start to finish
+	@$(BIN)/matcher demo
+
+test: $(VENV)/.dev  ## lint, types and the default tests
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/python -m pytest -m 'not slow'
+
+test-long: $(VENV)/.dev  ## the long forms: crash loops, state machines
+	@$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.dev  ## ruff, mypy, import contracts
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+bench: bench-search  ## the benchmark tables
+
+bench-search: $(VENV)/.bench  ## exact search beside its rivals
+	@$(BIN)/python -m benchmarks.search
+
+wire: $(VENV)/.dev  ## regenerate the code of matcher_service/wire/matcher.proto
+	@$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. --mypy_out=. \
+	    --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy matcher_service/wire/matcher.proto
+
+clean:  ## remove the virtual environment and the caches
+	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
