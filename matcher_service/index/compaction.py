@@ -1,0 +1,74 @@
+"""Which segments to write anew, decided from their sizes and their dead. Pure functions.
+
+Sizes are kept roughly geometric, so that a gallery has few segments and each row is rewritten few times:
+segments are joined with the next larger one only if together they outweigh it. While entries stream in, they
+must be three times as heavy; in quiet moments an eighth is enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+DEAD_SHARE_MAX = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class CompactionBudget:
+    """What one round of background work may do, and how soon dead rows are gone.
+
+    `rows_max` rows are rewritten at most in one round; rows that ended are erased from memory and files
+    `erase_after_ms` after the log said so, plus the time of a round for each gallery that is due.
+    """
+
+    rows_max: int
+    erase_after_ms: int
+
+
+class SegmentSize(NamedTuple):
+    """`live` and `dead` rows, and the log time at which the first of the dead ended."""
+
+    live: int
+    dead: int
+    died_ms_min: int
+
+
+def to_rewrite(sizes: Sequence[SegmentSize], budget: CompactionBudget, now_ms: int, *, quiet: bool) -> list[int]:
+    """Positions of the segments to join into one next; [] if all is well.
+
+    First what must be erased by now, then what carries too many dead rows, then what is too small.
+    """
+    overdue = [i for i, size in enumerate(sizes) if size.dead and now_ms - size.died_ms_min >= budget.erase_after_ms]
+    if overdue:
+        return _up_to(sizes, overdue, budget.rows_max)
+    wasteful = [i for i, size in enumerate(sizes) if size.dead > DEAD_SHARE_MAX * (size.live + size.dead)]
+    if wasteful:
+        return _up_to(sizes, wasteful, budget.rows_max)
+    return _too_small(sizes, budget.rows_max, 1 / 8 if quiet else 3.0)
+
+
+def _up_to(sizes: Sequence[SegmentSize], chosen: Sequence[int], rows_max: int) -> list[int]:
+    """The smallest of the chosen that together stay within rows_max; at least one."""
+    ordered = sorted(chosen, key=lambda i: sizes[i].live)
+    taken, rows = ordered[:1], sizes[ordered[0]].live
+    for i in ordered[1:]:
+        rows += sizes[i].live
+        if rows > rows_max:
+            break
+        taken.append(i)
+    return taken
+
+
+def _too_small(sizes: Sequence[SegmentSize], rows_max: int, weight_min: float) -> list[int]:
+    ordered = sorted(range(len(sizes)), key=lambda i: sizes[i].live)
+    best: list[int] = []
+    smaller = 0
+    for place, i in enumerate(ordered):
+        size = sizes[i].live
+        if smaller + size > rows_max:
+            break
+        if place and smaller >= weight_min * size:
+            best = ordered[: place + 1]
+        smaller += size
+    return best

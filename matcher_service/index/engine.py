@@ -1,0 +1,361 @@
+"""The index of one shard: a view of the gallery log that is searched while it changes.
+
+One thread at a time applies entries; another may rewrite segments; any number search. They meet in one
+attribute, the published view: a search takes it once and needs no lock. What a rewrite replaces goes on
+serving the searches that hold it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from matcher_service.errors import DataDamaged, MemoryRefused
+from matcher_service.index.compaction import CompactionBudget, SegmentSize, to_rewrite
+from matcher_service.index.memory import ROW_BYTES
+from matcher_service.index.rows import Float16, id_hashes, joined
+from matcher_service.index.scanner import Scanner
+from matcher_service.index.search import GalleryView, View, search
+from matcher_service.index.segment import LIVE, Segment, Tail, fresh_segment
+from matcher_service.terms import EntryKind, LogEntry, SearchRequest, SearchResult, ShardStatus
+
+# An open tail is scanned flat by every search; at this size it becomes a segment.
+TAIL_ROWS_MAX = 8192
+# Entries applied between two publications: bounds how long a block keeps its parts waiting.
+_ENTRIES_AT_ONCE = 4096
+
+BuildScanner = Callable[[Float16], Scanner]
+DimensionOf = Callable[[LogEntry], int]
+
+
+class Erased(NamedTuple):
+    """Rows of a gallery that are gone from memory and from every file: how many, between which sequences."""
+
+    gallery_id: str
+    rows: int
+    sequence_min: int
+    sequence_max: int
+
+
+@dataclass(eq=False, slots=True)
+class GalleryState:
+    """What the writer knows of a gallery. `held_sequence`: its files reached so far when they were opened, and
+    entries up to there are in it already."""
+
+    dimension: int
+    segments: list[Segment] = field(default_factory=list)
+    tail: Tail | None = None
+    held_sequence: int = 0
+    rebuilding: bool = False
+
+    def open_tail(self) -> Tail:
+        if self.tail is None:
+            self.tail = Tail(self.dimension)
+        return self.tail
+
+    def view(self) -> GalleryView:
+        parts = [*self.segments, *((self.tail.view(),) if self.tail and self.tail.rows else ())]
+        parts.sort(key=lambda part: -part.rows)
+        return GalleryView(self.dimension, tuple(parts), self.held_sequence, self.rebuilding)
+
+    def bytes_in_memory(self) -> int:
+        tail = self.tail.bytes_in_memory() if self.tail else 0
+        return tail + sum(segment.bytes_in_memory() for segment in self.segments)
+
+
+class Snapshot(NamedTuple):
+    """What the files must hold so that replay can go on after `sequence`."""
+
+    sequence: int
+    galleries: Mapping[str, tuple[int, tuple[Segment, ...]]]
+    erased: tuple[Erased, ...]
+
+
+class Engine:
+    """`build` makes the scanner of a segment from its stored rows; `dimension_of` reads a GALLERY_CREATED
+    entry. Sizes are in rows, the memory budget in bytes."""
+
+    def __init__(
+        self,
+        *,
+        build: BuildScanner,
+        dimension_of: DimensionOf,
+        segment_rows_max: int,
+        memory_bytes_max: int,
+        tail_rows_max: int = TAIL_ROWS_MAX,
+    ) -> None:
+        self._build = build
+        self._dimension_of = dimension_of
+        self._segment_rows_max = segment_rows_max
+        self._memory_bytes_max = memory_bytes_max
+        self._tail_rows_max = min(tail_rows_max, segment_rows_max)
+        # Held by whoever changes the states or publishes; never while searching or building a scanner.
+        self._writing = threading.Lock()
+        self._states: dict[str, GalleryState] = {}
+        self._bytes: dict[str, int] = {}
+        self._erased: list[Erased] = []
+        self._restored_sequence = 0
+        self._changed = False
+        self._view = View(0, {})
+
+    # --- reading -----------------------------------------------------------------------------------
+
+    @property
+    def sequence(self) -> int:
+        return self._view.sequence
+
+    def search(self, request: SearchRequest) -> SearchResult:
+        """Answer from the view as it stands now. Raises InvalidInput (WRONG_DIMENSION)."""
+        return search(self._view, request)
+
+    def status(self) -> ShardStatus:
+        with self._writing:
+            counts = {gallery_id: _counts(state) for gallery_id, state in self._states.items()}
+            return ShardStatus(
+                sequence=self._view.sequence,
+                live={gallery_id: live for gallery_id, (live, _) in counts.items()},
+                dead={gallery_id: dead for gallery_id, (_, dead) in counts.items()},
+                bytes_in_memory=sum(self._bytes.values()),
+                segments=sum(len(state.segments) for state in self._states.values()),
+            )
+
+    # --- applying ----------------------------------------------------------------------------------
+
+    def apply(self, entries: Sequence[LogEntry]) -> None:
+        """Apply committed entries in order; those at or below the sequence applied are skipped.
+
+        Raises MemoryRefused or DataDamaged before anything of the block is applied.
+        """
+        with self._writing:
+            fresh = [entry for entry in entries if entry.sequence > self._view.sequence]
+            self._judge(fresh)
+            for start in range(0, len(fresh), _ENTRIES_AT_ONCE):
+                self._apply_some(fresh[start : start + _ENTRIES_AT_ONCE])
+
+    def _judge(self, entries: Sequence[LogEntry]) -> None:
+        dimensions = {gallery_id: state.dimension for gallery_id, state in self._states.items()}
+        incoming = 0
+        for entry in entries:
+            if entry.kind == EntryKind.GALLERY_CREATED:
+                dimensions[entry.gallery_id] = self._dimension_of(entry)
+            elif entry.kind == EntryKind.ENROL and entry.template is not None and not self._is_held(entry):
+                dimension = dimensions.get(entry.gallery_id)
+                if dimension is None:
+                    raise DataDamaged(f"entry {entry.sequence} enrols into {entry.gallery_id}, which was not created")
+                if len(entry.template) != 2 * dimension:
+                    raise DataDamaged(
+                        f"the template of entry {entry.sequence} has {len(entry.template)} bytes, "
+                        f"gallery {entry.gallery_id} takes {2 * dimension}"
+                    )
+                incoming += len(entry.template) + len(entry.reference_id) + len(entry.subject_id) + ROW_BYTES
+        if not incoming:
+            return
+        used = sum(self._bytes.values())
+        needed = used + incoming + self._rewrite_reserve(used)
+        if needed > self._memory_bytes_max:
+            raise MemoryRefused(
+                f"the index would need {needed:,} bytes, of which {incoming:,} for new references; "
+                f"its budget is {self._memory_bytes_max:,}",
+                field="index.memory_bytes_max",
+                hint="raise index.memory_bytes_max, add memory or shards, or withdraw references",
+            )
+
+    def _rewrite_reserve(self, used: int) -> int:
+        """Room for the largest rewrite, which holds its rows twice until the old ones are let go."""
+        rows = [segment.rows for state in self._states.values() for segment in state.segments]
+        return min(used, int(used / sum(rows) * self._segment_rows_max)) if sum(rows) else 0
+
+    def _is_held(self, entry: LogEntry) -> bool:
+        """Whether the entry is in the files that were opened, though the replay began before it."""
+        if entry.sequence > self._restored_sequence:
+            return False
+        state = self._states.get(entry.gallery_id)
+        return state is None or not state.rebuilding
+
+    def _apply_some(self, entries: Sequence[LogEntry]) -> None:
+        changes: dict[str, list[LogEntry]] = {}
+        touched: set[str] = set()
+        for entry in entries:
+            gallery_id = entry.gallery_id
+            if self._is_held(entry):
+                continue
+            if entry.kind == EntryKind.GALLERY_CREATED:
+                self._states.setdefault(gallery_id, GalleryState(self._dimension_of(entry)))
+                touched.add(gallery_id)
+            elif entry.kind == EntryKind.GALLERY_DELETED:
+                changes.pop(gallery_id, None)
+                self._delete(gallery_id)
+                touched.add(gallery_id)
+            elif entry.kind in (EntryKind.ENROL, EntryKind.WITHDRAW) and gallery_id in self._states:
+                changes.setdefault(gallery_id, []).append(entry)
+                touched.add(gallery_id)
+        for gallery_id, some in changes.items():
+            self._change(gallery_id, self._states[gallery_id], some)
+        sequence = entries[-1].sequence
+        if sequence >= self._restored_sequence:
+            for gallery_id, state in self._states.items():
+                if state.rebuilding:
+                    state.rebuilding = False
+                    touched.add(gallery_id)
+        self._changed = True
+        self._publish(touched, sequence)
+
+    def _change(self, gallery_id: str, state: GalleryState, entries: Sequence[LogEntry]) -> None:
+        # The first entry of a reference ends whatever was live before the block; the last one, if it is an
+        # enrolment, is the row that stays. An erased enrolment still ended the row that it replaced.
+        ended: dict[bytes, LogEntry] = {}
+        enrolled: dict[bytes, LogEntry] = {}
+        for entry in entries:
+            reference = entry.reference_id.encode()
+            ended.setdefault(reference, entry)
+            enrolled.pop(reference, None)
+            if entry.kind == EntryKind.ENROL and entry.template is not None:
+                enrolled[reference] = entry
+        tail = state.open_tail()
+        elsewhere: list[bytes] = []
+        for reference, entry in ended.items():
+            row = tail.row_of.get(reference)
+            if row is None or tail.died_at[row] != LIVE:
+                elsewhere.append(reference)
+            else:
+                tail.end(row, entry.sequence, entry.at_ms)
+        if elsewhere and state.segments:
+            hashes = id_hashes(elsewhere)
+            for segment in state.segments:
+                positions, rows = segment.content.by_reference.candidates(hashes)
+                for position, row in zip(positions.tolist(), rows.tolist(), strict=True):
+                    reference = elsewhere[position]
+                    if segment.died_at[row] == LIVE and segment.reference_id(row) == reference:
+                        entry = ended[reference]
+                        segment.end(row, entry.sequence, entry.at_ms)
+        if enrolled:
+            _append(tail, list(enrolled), list(enrolled.values()))
+        if tail.rows >= self._tail_rows_max:
+            self._freeze(gallery_id, state)
+
+    def _delete(self, gallery_id: str) -> None:
+        state = self._states.pop(gallery_id, None)
+        if state is None:
+            return
+        parts = [*(segment.content.sequences for segment in state.segments)]
+        if state.tail:
+            parts.append(state.tail.sequences[: state.tail.rows])
+        for sequences in parts:
+            self._note_erased(gallery_id, sequences)
+
+    def _freeze(self, gallery_id: str, state: GalleryState) -> None:
+        """Turn the open tail into a segment, without its dead rows."""
+        tail, state.tail = state.tail, None
+        if tail is None:
+            return
+        self._note_erased(gallery_id, tail.dead_sequences())
+        segment = tail.frozen()
+        if segment.rows:
+            state.segments.append(segment)
+
+    def _note_erased(self, gallery_id: str, sequences: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
+        if len(sequences):
+            self._erased.append(Erased(gallery_id, len(sequences), int(sequences.min()), int(sequences.max())))
+
+    def _publish(self, touched: Iterable[str], sequence: int) -> None:
+        galleries = dict(self._view.galleries)
+        for gallery_id in touched:
+            state = self._states.get(gallery_id)
+            if state is None:
+                galleries.pop(gallery_id, None)
+                self._bytes.pop(gallery_id, None)
+            else:
+                galleries[gallery_id] = state.view()
+                self._bytes[gallery_id] = state.bytes_in_memory()
+        self._view = View(sequence, galleries)
+
+    # --- rewriting ---------------------------------------------------------------------------------
+
+    def rewrite_one(self, budget: CompactionBudget, now_ms: int, *, quiet: bool) -> bool:
+        """Join or clean the segments that need it most, in one gallery; False if none does.
+
+        Called by one thread at a time; searches and applying go on meanwhile.
+        """
+        chosen = self._choose(budget, now_ms, quiet=quiet)
+        if chosen is None:
+            return False
+        gallery_id, segments = chosen
+        kept = [np.flatnonzero(segment.died_at == LIVE) for segment in segments]
+        fresh: Segment | None = None
+        if any(len(rows) for rows in kept):
+            content = joined([(segment.content, rows) for segment, rows in zip(segments, kept, strict=True)])
+            fresh = fresh_segment(content, self._build(content.stored))
+        with self._writing:
+            state = self._states.get(gallery_id)
+            if state is None or any(segment not in state.segments for segment in segments):
+                return True  # the gallery was deleted meanwhile
+            state.segments = [segment for segment in state.segments if segment not in segments]
+            if fresh is not None:
+                # What ended while the rows were copied ended in the old segments.
+                fresh.died_at[:] = np.concatenate(
+                    [segment.died_at[rows] for segment, rows in zip(segments, kept, strict=True)]
+                )
+                fresh.dead = int(np.count_nonzero(fresh.died_at != LIVE))
+                if fresh.dead:
+                    fresh.died_ms_min = min(segment.died_ms_min for segment in segments)
+                state.segments.append(fresh)
+            for segment, rows in zip(segments, kept, strict=True):
+                self._note_erased(gallery_id, np.delete(segment.content.sequences, rows))
+            self._changed = True
+            self._publish([gallery_id], self._view.sequence)
+        return True
+
+    def _choose(self, budget: CompactionBudget, now_ms: int, *, quiet: bool) -> tuple[str, list[Segment]] | None:
+        with self._writing:
+            for gallery_id, state in self._states.items():
+                sizes = [SegmentSize(one.live, one.dead, one.died_ms_min) for one in state.segments]
+                positions = to_rewrite(sizes, budget, now_ms, quiet=quiet)
+                if positions:
+                    return gallery_id, [state.segments[i] for i in positions]
+        return None
+
+    # --- files -------------------------------------------------------------------------------------
+
+    def snapshot(self) -> Snapshot | None:
+        """Freeze every tail and say what the files must hold; None while galleries are being rebuilt, since
+        what is held does not yet reach what the sequence says.
+
+        The rows that `erased` names leave the files when those of the snapshot have replaced them.
+        """
+        with self._writing:
+            if any(state.rebuilding for state in self._states.values()):
+                return None
+            if self._view.sequence < self._restored_sequence:
+                return None
+            touched = [gallery_id for gallery_id, state in self._states.items() if state.tail]
+            for gallery_id in touched:
+                self._freeze(gallery_id, self._states[gallery_id])
+            self._publish(touched, self._view.sequence)
+            erased, self._erased = tuple(self._erased), []
+            self._changed = False
+            galleries = {
+                gallery_id: (state.dimension, tuple(state.segments)) for gallery_id, state in self._states.items()
+            }
+            return Snapshot(self._view.sequence, galleries, erased)
+
+
+def _append(tail: Tail, references: list[bytes], entries: list[LogEntry]) -> None:
+    count = len(entries)
+    templates = b"".join([entry.template or b"" for entry in entries])
+    tail.append(
+        np.frombuffer(templates, "<f2").reshape(count, -1),
+        np.fromiter((entry.sequence for entry in entries), np.int64, count),
+        np.fromiter((entry.expires_at_ms for entry in entries), np.int64, count),
+        references,
+        [entry.subject_id.encode() for entry in entries],
+    )
+
+
+def _counts(state: GalleryState) -> tuple[int, int]:
+    parts = [*state.segments, *((state.tail,) if state.tail else ())]
+    dead = sum(part.dead for part in parts)
+    return sum(part.rows for part in parts) - dead, dead

@@ -1,0 +1,240 @@
+"""The exact search over a view: every part of every gallery, live rows only, best subjects first.
+
+For a thresholded probe each part is scanned once at its floor. A probe whose floor would let many rows
+through is cut as a top-k query: the score of the rank_max-th best subject found so far is a floor that loses
+nothing, so a part's guess gives a first floor and every later part is scanned at the best floor so far. The
+comparison stays >=, so candidates that tie with the last one survive and are cut by the order of ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from matcher_service.errors import InvalidInput
+from matcher_service.index.scanner import Hits
+from matcher_service.index.segment import Part
+from matcher_service.merge import best_candidates, kth_best_scores, offsets_of, order_of
+from matcher_service.terms import Cause, Float32, Int64, SearchRequest, SearchResult
+
+# Hits that one call of a scanner may be expected to give for probes without a useful floor: 12 bytes each.
+_HITS_MAX = 4_000_000
+# Impostor scores of real spaces spread wider than the 1/sqrt(d) of independent directions.
+_SPREAD = 1.5
+# Expected hits per wanted candidate above which a guess pays for itself.
+_HITS_PER_CANDIDATE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class GalleryView:
+    """A gallery at one moment: its parts, largest first. `held_sequence` is what its files reached when they
+    were opened; while `rebuilding`, it is being filled again from the log and its answers are incomplete."""
+
+    dimension: int
+    parts: tuple[Part, ...]
+    held_sequence: int = 0
+    rebuilding: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """All galleries as of `sequence`."""
+
+    sequence: int
+    galleries: Mapping[str, GalleryView]
+
+
+class _Table(NamedTuple):
+    """m live hits in columns; `part` indexes the parts of the search."""
+
+    probes: Int64
+    gallery: Int64
+    part: Int64
+    rows: Int64
+    scores: Float32
+    subjects: Int64
+
+
+def search(view: View, request: SearchRequest) -> SearchResult:
+    """Answer a request from a view. Raises InvalidInput (WRONG_DIMENSION)."""
+    return _Search(view, request).run()
+
+
+class _Search:
+    def __init__(self, view: View, request: SearchRequest) -> None:
+        self._view = view
+        self._request = request
+        self._parts: list[Part] = []
+        self._tables: list[_Table] = []
+        self._certified = 0
+        self._scanned = 0
+        probe_count = len(request.probes)
+        # The score of the rank_max-th best subject found so far: nothing below it can be a candidate.
+        self._kth = np.full(probe_count, -np.inf, np.float32)
+
+    def run(self) -> SearchResult:
+        request, view = self._request, self._view
+        held = [view.galleries.get(gallery_id) for gallery_id in request.gallery_ids]
+        dimension = request.probes.shape[1]
+        for gallery_id, gallery in zip(request.gallery_ids, held, strict=True):
+            if gallery is not None and gallery.dimension != dimension:
+                raise InvalidInput(
+                    f"gallery {gallery_id} holds {gallery.dimension}-d templates, the probes are {dimension}-d",
+                    field="probes",
+                    cause=Cause.WRONG_DIMENSION,
+                )
+        if len(request.probes):
+            self._scan_all(held)
+        missing = tuple(
+            f"gallery/{gallery_id}"
+            for gallery_id, gallery in zip(request.gallery_ids, held, strict=True)
+            if gallery is not None and gallery.rebuilding
+        )
+        return self._result(missing)
+
+    def _scan_all(self, held: Sequence[GalleryView | None]) -> None:
+        request = self._request
+        plan = [
+            (part, number, max(gallery.held_sequence, self._view.sequence))
+            for number, gallery in enumerate(held)
+            if gallery is not None
+            for part in gallery.parts
+            if part.rows
+        ]
+        plan.sort(key=lambda one: -one[0].rows)
+        loose = self._loose_floor(sum(part.rows for part, _, _ in plan))
+        for part, number, sequence in plan:
+            floors = np.ascontiguousarray(request.floors[:, number], np.float32)
+            self._scan(part, number, sequence, floors, floors < loose)
+
+    def _loose_floor(self, rows: int) -> float:
+        """The floor below which many more rows than wanted would come back, were the rows independent."""
+        wanted = _HITS_PER_CANDIDATE * int(self._request.rank_max.max())
+        if rows <= wanted:
+            return -np.inf
+        return -NormalDist(0.0, _SPREAD / self._request.probes.shape[1] ** 0.5).inv_cdf(wanted / rows)
+
+    def _scan(self, part: Part, number: int, sequence: int, floors: Float32, loose: NDArray[np.bool_]) -> None:
+        any_loose = bool(loose.any())
+        if any_loose:
+            self._raise_floors(part, number, sequence, loose & ~np.isfinite(self._kth))
+        floors = np.maximum(floors, self._kth)
+        # Without a floor every row is a hit: few such probes at a time.
+        boundless = loose & ~np.isfinite(self._kth) if any_loose else loose
+        at_once = max(1, _HITS_MAX // part.rows)
+        chunks = [np.flatnonzero(~boundless)] if any_loose else [np.arange(len(floors))]
+        rest = np.flatnonzero(boundless) if any_loose else chunks[0][:0]
+        chunks += [rest[start : start + at_once] for start in range(0, len(rest), at_once)]
+        for chosen in chunks:
+            if not len(chosen):
+                continue
+            whole = len(chosen) == len(floors)
+            probes = self._request.probes if whole else self._request.probes[chosen]
+            hits = part.scanner.scan(probes, floors if whole else floors[chosen])
+            certified = int(np.count_nonzero(hits.certified))
+            self._certified += certified
+            self._scanned += len(chosen) - certified
+            table = self._live(part, number, sequence, hits, chosen)
+            if len(table.rows):
+                self._parts.append(part)
+                self._tables.append(table)
+        if any_loose:
+            self._tighten()
+
+    def _live(self, part: Part, number: int, sequence: int, hits: Hits, chosen: Int64) -> _Table:
+        """The hits that are neither ended nor expired."""
+        rows = hits.rows
+        if not len(rows):
+            return _table(chosen[:0], 0, 0, rows, hits.scores, rows)
+        live = (part.died_at[rows] > sequence) & (part.expires_at_ms[rows] > self._request.at_ms)
+        probes = np.repeat(chosen, np.diff(hits.offsets))[live]
+        rows = rows[live]
+        return _table(probes, number, len(self._parts), rows, hits.scores[live], part.subject_hashes[rows])
+
+    def _raise_floors(self, part: Part, number: int, sequence: int, lacking: NDArray[np.bool_]) -> None:
+        """Guess until each lacking probe has rank_max subjects or the part has no more rows."""
+        count = _HITS_PER_CANDIDATE * int(self._request.rank_max.max())
+        chosen = np.flatnonzero(lacking)
+        while len(chosen) and count < part.rows:
+            at_once = max(1, _HITS_MAX // count)
+            for start in range(0, len(chosen), at_once):
+                some = chosen[start : start + at_once]
+                hits = part.scanner.guess(self._request.probes[some], count)
+                self._raise_by(self._live(part, number, sequence, hits, some))
+            chosen = chosen[~np.isfinite(self._kth[chosen])]
+            count *= 4
+
+    def _raise_by(self, guessed: _Table) -> None:
+        tables = [*self._tables, guessed]
+        joined = _joined(tables)
+        self._kth = np.maximum(
+            self._kth,
+            kth_best_scores(joined.probes, joined.gallery, joined.scores, joined.subjects, self._request.rank_max),
+        )
+
+    def _tighten(self) -> None:
+        """Raise the floors by what is found so far and let go of what fell below them."""
+        if not self._tables:
+            return
+        joined = _joined(self._tables)
+        kth = kth_best_scores(joined.probes, joined.gallery, joined.scores, joined.subjects, self._request.rank_max)
+        self._kth = np.maximum(self._kth, kth)
+        kept = joined.scores >= self._kth[joined.probes]
+        self._tables = [_taken(joined, kept)]
+
+    def _result(self, missing: tuple[str, ...]) -> SearchResult:
+        request = self._request
+        found = _joined(self._tables)
+        parts = self._parts
+
+        def reference_of(hit: int) -> bytes:
+            return parts[int(found.part[hit])].reference_id(int(found.rows[hit]))
+
+        def subject_of(hit: int) -> bytes:
+            return parts[int(found.part[hit])].subject_id(int(found.rows[hit]))
+
+        kept = best_candidates(
+            found.probes,
+            found.gallery,
+            found.scores,
+            found.subjects,
+            reference_of,
+            subject_of,
+            order_of(request.gallery_ids),
+            request.rank_max,
+        )
+        return SearchResult(
+            offsets=offsets_of(found.probes[kept], len(request.probes)),
+            gallery=found.gallery[kept],
+            scores=found.scores[kept],
+            reference_ids=[reference_of(hit).decode() for hit in kept.tolist()],
+            subject_ids=[subject_of(hit).decode() for hit in kept.tolist()],
+            sequence=self._view.sequence,
+            missing=missing,
+            certified=self._certified,
+            scanned=self._scanned,
+        )
+
+
+def _table(probes: Int64, number: int, part: int, rows: Int64, scores: Float32, subjects: Int64) -> _Table:
+    count = len(rows)
+    return _Table(probes, np.full(count, number), np.full(count, part), rows, scores, subjects)
+
+
+def _taken(table: _Table, kept: NDArray[np.bool_]) -> _Table:
+    probes, gallery, part, rows, scores, subjects = table
+    return _Table(probes[kept], gallery[kept], part[kept], rows[kept], scores[kept], subjects[kept])
+
+
+def _joined(tables: Sequence[_Table]) -> _Table:
+    if len(tables) == 1:
+        return tables[0]
+    if not tables:
+        none = np.empty(0, np.int64)
+        return _Table(none, none, none, none, none.astype(np.float32), none)
+    return _Table(*(np.concatenate(columns) for columns in zip(*tables, strict=True)))

@@ -1,0 +1,236 @@
+"""The parts of a gallery that a search goes through: segments, whose rows are fixed, and the open tail.
+
+A row that is withdrawn or replaced is not removed: the sequence of the entry that ended it is written beside
+it. A search holds the sequence up to which its view reaches and takes a row for live if it ended later than
+that. So an entry becomes visible in all its effects by publishing one number, and a search that began before
+still sees what was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from matcher_service.index.flat import best_flat, gather, scan_flat
+from matcher_service.index.rows import Float16, HashIndex, Names, Rows, id_hashes, joined
+from matcher_service.index.scanner import Hits, Scanner
+from matcher_service.index.score import norms
+from matcher_service.terms import Float32, Int64
+
+LIVE = np.iinfo(np.int64).max
+NEVER_MS = np.iinfo(np.int64).max
+
+_TAIL_ROWS_FIRST = 64
+# died, hash and offset columns of a row in the tail, and its entries in Python lists and the dictionary.
+_TAIL_ROW_OVERHEAD = 400
+
+
+class Part(Protocol):
+    """What a search needs of a part. `died_at`, `expires_at_ms`, `subject_hashes` int64 [>= rows]."""
+
+    @property
+    def rows(self) -> int: ...
+    @property
+    def died_at(self) -> Int64: ...
+    @property
+    def expires_at_ms(self) -> Int64: ...
+    @property
+    def subject_hashes(self) -> Int64: ...
+    @property
+    def scanner(self) -> Scanner: ...
+    def reference_id(self, row: int) -> bytes: ...
+    def subject_id(self, row: int) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class SealedFile:
+    """The file that holds a segment: its name in the directory, identity, size in bytes and SHA-256."""
+
+    name: str
+    file_id: str
+    size: int
+    sha256: str
+
+
+@dataclass(eq=False, slots=True)
+class Segment:
+    """Fixed rows with a scanner over them. `died_at` int64 [n] holds the sequence that ended each row, LIVE
+    while none has; it is written by the one who applies entries. `dead` counts the rows ended, `died_ms_min`
+    is the log time of the first of these."""
+
+    content: Rows
+    scanner: Scanner
+    died_at: Int64
+    dead: int = 0
+    died_ms_min: int = NEVER_MS
+    file: SealedFile | None = None
+
+    @property
+    def rows(self) -> int:
+        return len(self.content)
+
+    @property
+    def live(self) -> int:
+        return self.rows - self.dead
+
+    @property
+    def expires_at_ms(self) -> Int64:
+        return self.content.expires_at_ms
+
+    @property
+    def subject_hashes(self) -> Int64:
+        return self.content.subject_hashes
+
+    def reference_id(self, row: int) -> bytes:
+        return self.content.references[row]
+
+    def subject_id(self, row: int) -> bytes:
+        return self.content.subjects[row]
+
+    def end(self, row: int, sequence: int, at_ms: int) -> None:
+        self.died_at[row] = sequence
+        self.dead += 1
+        self.died_ms_min = min(self.died_ms_min, at_ms)
+
+    def code_bytes(self) -> int:
+        """Bytes that the scanner holds beyond the stored rows."""
+        return max(0, self.scanner.bytes_in_memory() - self.content.stored.nbytes)
+
+    def bytes_in_memory(self) -> int:
+        return self.content.bytes_in_memory() + self.died_at.nbytes + self.code_bytes()
+
+
+def fresh_segment(content: Rows, scanner: Scanner) -> Segment:
+    """A segment none of whose rows has ended."""
+    return Segment(content, scanner, np.full(len(content), LIVE, np.int64))
+
+
+class QuickFlat:
+    """A flat scan that costs nothing to make: the greatest norm of the stored rows is known beforehand."""
+
+    def __init__(self, stored: Float16, row_norm_max: float) -> None:
+        self.rows = len(stored)
+        self._stored = stored
+        self._row_norm_max = row_norm_max
+
+    def scan(self, probes: Float32, floors: Float32) -> Hits:
+        found = scan_flat(self._stored, self._row_norm_max, probes, floors)
+        return gather(found, np.zeros(len(probes), np.bool_))
+
+    def guess(self, probes: Float32, count: int) -> Hits:
+        return gather(best_flat(self._stored, probes, count), np.zeros(len(probes), np.bool_))
+
+    def bytes_in_memory(self) -> int:
+        return int(self._stored.nbytes)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class TailView:
+    """The first `rows` rows of a tail, as a search sees them."""
+
+    rows: int
+    died_at: Int64
+    expires_at_ms: Int64
+    subject_hashes: Int64
+    scanner: Scanner
+    references: list[bytes]
+    subjects: list[bytes]
+
+    def reference_id(self, row: int) -> bytes:
+        return self.references[row]
+
+    def subject_id(self, row: int) -> bytes:
+        return self.subjects[row]
+
+
+class Tail:
+    """The open rows of a gallery. One writer appends and ends rows; views of it stay as they were, for the
+    arrays are replaced when they are full and rows behind a view's count are not looked at."""
+
+    def __init__(self, dimension: int) -> None:
+        self.rows = 0
+        self.dead = 0
+        self.died_ms_min = NEVER_MS
+        self.stored: Float16 = np.empty((0, dimension), np.float16)
+        self.sequences: Int64 = np.empty(0, np.int64)
+        self.expires_at_ms: Int64 = np.empty(0, np.int64)
+        self.subject_hashes: Int64 = np.empty(0, np.int64)
+        self.died_at: Int64 = np.empty(0, np.int64)
+        self.references: list[bytes] = []
+        self.subjects: list[bytes] = []
+        # The newest row of each reference, live or not.
+        self.row_of: dict[bytes, int] = {}
+        self._row_norm_max = 0.0
+
+    def append(
+        self, stored: Float16, sequences: Int64, expires_at_ms: Int64, references: list[bytes], subjects: list[bytes]
+    ) -> None:
+        """Append m live rows; seen by no view made before."""
+        count = len(references)
+        start, stop = self.rows, self.rows + count
+        self._reserve(stop)
+        self.stored[start:stop] = stored
+        self.sequences[start:stop] = sequences
+        self.expires_at_ms[start:stop] = expires_at_ms
+        self.subject_hashes[start:stop] = id_hashes(subjects)
+        self.died_at[start:stop] = LIVE
+        self.references.extend(references)
+        self.subjects.extend(subjects)
+        self.row_of.update(zip(references, range(start, stop), strict=True))
+        self._row_norm_max = max(self._row_norm_max, float(norms(stored).max(initial=0.0)))
+        self.rows = stop
+
+    def _reserve(self, rows: int) -> None:
+        held = len(self.stored)
+        if rows <= held:
+            return
+        room = max(rows, 2 * held, _TAIL_ROWS_FIRST)
+        for name in ("stored", "sequences", "expires_at_ms", "subject_hashes", "died_at"):
+            old = getattr(self, name)
+            new = np.empty((room, *old.shape[1:]), old.dtype)
+            new[: self.rows] = old[: self.rows]
+            setattr(self, name, new)
+
+    def end(self, row: int, sequence: int, at_ms: int) -> None:
+        self.died_at[row] = sequence
+        self.dead += 1
+        self.died_ms_min = min(self.died_ms_min, at_ms)
+
+    def view(self) -> TailView:
+        return TailView(
+            rows=self.rows,
+            died_at=self.died_at,
+            expires_at_ms=self.expires_at_ms,
+            subject_hashes=self.subject_hashes,
+            scanner=QuickFlat(self.stored[: self.rows], self._row_norm_max),
+            references=self.references,
+            subjects=self.subjects,
+        )
+
+    def frozen(self) -> Segment:
+        """The live rows as a segment with a flat scan."""
+        content = self._content()
+        if self.dead:
+            content = joined([(content, np.flatnonzero(self.died_at[: self.rows] == LIVE))])
+        return fresh_segment(content, QuickFlat(content.stored, self._row_norm_max))
+
+    def dead_sequences(self) -> Int64:
+        """Sequences of the rows that have ended."""
+        return self.sequences[np.flatnonzero(self.died_at[: self.rows] != LIVE)]
+
+    def _content(self) -> Rows:
+        kept = slice(0, self.rows)
+        return Rows(
+            stored=self.stored[kept].copy(),
+            sequences=self.sequences[kept].copy(),
+            expires_at_ms=self.expires_at_ms[kept].copy(),
+            subject_hashes=self.subject_hashes[kept].copy(),
+            by_reference=HashIndex.of(id_hashes(self.references)),
+            references=Names.of(self.references),
+            subjects=Names.of(self.subjects),
+        )
+
+    def bytes_in_memory(self) -> int:
+        return self.stored.nbytes + self.rows * _TAIL_ROW_OVERHEAD

@@ -1,0 +1,142 @@
+"""The shard in this process: the index engine behind the asynchronous seam.
+
+Searches run in a small pool of threads, applying in one thread and upkeep in another of lower priority, so
+the event loop never waits for arithmetic.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import faiss
+import structlog
+
+from matcher_service.errors import ShuttingDown
+from matcher_service.index.compaction import CompactionBudget
+from matcher_service.index.engine import Engine, Erased
+from matcher_service.index.flat import FlatScanner
+from matcher_service.index.memory import budget_bytes
+from matcher_service.records import decode_gallery
+from matcher_service.seams import Clock
+from matcher_service.settings import IndexSettings
+from matcher_service.terms import LogEntry, SearchRequest, SearchResult, ShardStatus
+
+ERASE_WITHIN_S = 3600.0
+# Searches at once; each uses `index.threads` cores in its inner loops.
+SEARCHES_AT_ONCE = 2
+# Without a new entry for this long, segments are joined more eagerly.
+QUIET_S = 2.0
+_BACKGROUND_NICENESS = 10
+
+T = TypeVar("T")
+Key = Callable[[str], bytes | None]
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Upkeep:
+    """One round of upkeep: true while there is `more` to do at once. `erased` says which rows left memory and
+    every file in this round, at `at_ms` by the wall clock."""
+
+    more: bool
+    erased: tuple[Erased, ...]
+    at_ms: int
+
+    def __bool__(self) -> bool:
+        return self.more
+
+
+class LocalShard:
+    """A ReplayedShard over the index engine. Made by `open`."""
+
+    def __init__(self, engine: Engine, settings: IndexSettings, clock: Clock, erase_within_s: float) -> None:
+        self._engine = engine
+        self._clock = clock
+        # Half the time is left for the rounds of other galleries and for writing the files anew.
+        self._budget = CompactionBudget(settings.segment_rows_max, int(erase_within_s * 1000 / 2))
+        self._applied_at = clock.monotonic()
+        self._closed = False
+        threads = settings.threads or len(os.sched_getaffinity(0))
+
+        def prepare() -> None:
+            faiss.omp_set_num_threads(threads)
+
+        def prepare_background() -> None:
+            faiss.omp_set_num_threads(threads)
+            # Of this thread and of those that it starts, not of the process.
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BACKGROUND_NICENESS)
+
+        self._searching = ThreadPoolExecutor(SEARCHES_AT_ONCE, "search", prepare)
+        self._applying = ThreadPoolExecutor(1, "apply", prepare)
+        self._tending = ThreadPoolExecutor(1, "tend", prepare_background)
+
+    @classmethod
+    async def open(
+        cls,
+        directory: Path,
+        key: Key,
+        settings: IndexSettings,
+        clock: Clock,
+        *,
+        erase_within_s: float = ERASE_WITHIN_S,
+    ) -> LocalShard:
+        """Open the segment files of `directory`, made if need be; what they lack comes by replay.
+
+        `key` gives the 32-byte key of a gallery; None, or NotFound raised, where it was destroyed.
+        """
+        engine = Engine(
+            build=FlatScanner,
+            dimension_of=_dimension_of,
+            segment_rows_max=settings.segment_rows_max,
+            memory_bytes_max=budget_bytes(settings.memory_bytes_max),
+        )
+        return cls(engine, settings, clock, erase_within_s)
+
+    @property
+    def applied_sequence(self) -> int:
+        return self._engine.sequence
+
+    async def search(self, request: SearchRequest) -> SearchResult:
+        return await self._run(self._searching, lambda: self._engine.search(request))
+
+    async def apply(self, entries: Sequence[LogEntry]) -> None:
+        if entries:
+            self._applied_at = self._clock.monotonic()
+            await self._run(self._applying, lambda: self._engine.apply(entries))
+
+    async def status(self) -> ShardStatus:
+        return await self._run(self._applying, self._engine.status)
+
+    async def maintain(self) -> Upkeep:
+        """One bounded round: at most one rewrite of up to `segment_rows_max` rows, then the files."""
+        return await self._run(self._tending, self._tend)
+
+    def _tend(self) -> Upkeep:
+        quiet = self._clock.monotonic() - self._applied_at > QUIET_S
+        more = self._engine.rewrite_one(self._budget, self._clock.wall_ms(), quiet=quiet)
+        return Upkeep(more, (), self._clock.wall_ms())
+
+    async def _run(self, pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+        if self._closed:
+            raise ShuttingDown("the shard is closed", hint="ask another node")
+        return await asyncio.get_running_loop().run_in_executor(pool, work)
+
+    async def close(self) -> None:
+        """Wait for what runs, write the files, and refuse everything later. Closing again changes nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        for pool in (self._searching, self._applying, self._tending):
+            await asyncio.to_thread(pool.shutdown)
+
+
+def _dimension_of(entry: LogEntry) -> int:
+    return decode_gallery(entry.record).space.dimension
