@@ -1,0 +1,256 @@
+"""JSON bodies to the same values as protobuf messages, through the same checks. Pure.
+
+NaN and infinities are read, also as the bare words that many encoders write, and judged like those in bytes:
+in a template they reject that probe only.
+"""
+
+from __future__ import annotations
+
+import binascii
+from base64 import b64decode
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from pydantic import ValidationError
+
+from matcher_service.errors import InvalidInput
+from matcher_service.gateway import decode
+from matcher_service.gateway.json_bodies import (
+    Body,
+    CaseBody,
+    DeploymentBody,
+    EnrolBody,
+    GalleryBody,
+    IdentifyBody,
+    ScoreTableBody,
+    SpaceBody,
+    TemplateSpaceBody,
+)
+from matcher_service.settings import LimitSettings
+from matcher_service.terms import (
+    Actor,
+    Case,
+    Cause,
+    Deployment,
+    Dtype,
+    EnrolMessage,
+    Float32,
+    Gallery,
+    ProbeMessage,
+    ScoreTable,
+    SpaceId,
+    SpaceMap,
+    TemplateSpace,
+)
+
+AnyBody = TypeVar("AnyBody", bound=Body)
+
+_NUMBERS_HINT = "send a list of numbers, or base64 of little-endian values"
+
+
+def body(kind: type[AnyBody], data: bytes) -> AnyBody:
+    """Raises InvalidInput naming the first field at fault; never repeats what was sent."""
+    try:
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        raise from_validation(error) from None
+
+
+def from_validation(error: ValidationError) -> InvalidInput:
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    return of_kind(first["type"], first["loc"], first["msg"])
+
+
+def of_kind(kind: str, location: Sequence[str | int], message: str) -> InvalidInput:
+    """A pydantic complaint in our terms."""
+    field = path(location)
+    if kind == "json_invalid":
+        return InvalidInput(message, cause=Cause.MALFORMED, hint="send one JSON object in UTF-8")
+    if kind == "extra_forbidden":
+        return InvalidInput(
+            "no such field", field=field, cause=Cause.UNKNOWN_FIELD, hint="remove it, or check its spelling at /docs"
+        )
+    if field == "dtype":
+        return InvalidInput(
+            "the dtype is not known", field=field, cause=Cause.UNKNOWN_DTYPE, hint="use float32 or float16"
+        )
+    if kind == "missing":
+        return InvalidInput("is required", field=field, hint="add the field; /docs shows the whole body")
+    return InvalidInput(message, field=field, hint="/docs shows the whole body")
+
+
+def path(location: Sequence[str | int]) -> str:
+    """('probes', 3, 'template') to probes[3].template."""
+    parts = [f"[{one}]" if isinstance(one, int) else f".{one}" for one in location]
+    return "".join(parts).removeprefix(".")
+
+
+def probe_message(data: bytes, limits: LimitSettings, actor: Actor, received_at: float) -> ProbeMessage:
+    """Raises InvalidInput or TooLarge for the whole message."""
+    sent = body(IdentifyBody, data)
+    probe_ids = [one.probe_id for one in sent.probes]
+    decode.check_row_ids(probe_ids, "probes", limits, limits.probes_per_message_max, ".probe_id")
+    decode.check_unique(probe_ids, "probes", Cause.DUPLICATE_PROBE_ID, ".probe_id")
+    space = decode.checked_space(_space(sent.space), limits)
+    return decode.checked_probe_message(
+        limits,
+        actor=actor,
+        space=space,
+        probe_ids=probe_ids,
+        templates=_rows([one.template for one in sent.probes], "probes", Dtype(sent.dtype), space.dimension),
+        captured_at_ms=np.array([one.captured_at_ms for one in sent.probes], dtype=np.int64),
+        deployment_id=sent.deployment_id,
+        case_reference=sent.case_reference,
+        gallery_ids=tuple(sent.gallery_ids),
+        threshold=sent.threshold,
+        rank_max=sent.rank_max,
+        min_sequence=sent.min_sequence,
+        deadline_ms=sent.deadline_ms,
+        message_id=sent.message_id,
+        traceparent=sent.traceparent,
+        received_at=received_at,
+        remaining_s=None,
+    )
+
+
+def enrol_message(
+    data: bytes, gallery_id: str, limits: LimitSettings, actor: Actor, received_at: float
+) -> EnrolMessage:
+    """Raises InvalidInput or TooLarge for the whole message."""
+    sent = body(EnrolBody, data)
+    reference_ids = [one.reference_id for one in sent.references]
+    subject_ids = [one.subject_id for one in sent.references]
+    rows_max = limits.references_per_message_max
+    decode.check_row_ids(reference_ids, "references", limits, rows_max, ".reference_id")
+    decode.check_unique(reference_ids, "references", Cause.INVALID, ".reference_id")
+    decode.check_row_ids(subject_ids, "references", limits, rows_max, ".subject_id")
+    space = decode.checked_space(_space(sent.space), limits)
+    return decode.checked_enrol_message(
+        limits,
+        actor=actor,
+        gallery_id=gallery_id,
+        space=space,
+        reference_ids=reference_ids,
+        subject_ids=subject_ids,
+        templates=_rows([one.template for one in sent.references], "references", Dtype(sent.dtype), space.dimension),
+        expires_at_ms=np.array([one.expires_at_ms for one in sent.references], dtype=np.int64),
+        idempotency_key=sent.idempotency_key,
+        replace=sent.replace,
+        message_id=sent.message_id,
+        received_at=received_at,
+        remaining_s=None,
+    )
+
+
+def gallery(data: bytes) -> Gallery:
+    sent = body(GalleryBody, data)
+    return Gallery(
+        gallery_id=sent.gallery_id,
+        kind=sent.kind,
+        controller=sent.controller,
+        lawful_basis=sent.lawful_basis,
+        purpose=sent.purpose,
+        retention_ms=sent.retention_ms,
+        space=_space(sent.space),
+        threshold=sent.threshold,
+    )
+
+
+def template_space(data: bytes, limits: LimitSettings) -> TemplateSpace:
+    sent = body(TemplateSpaceBody, data)
+    space = decode.checked_space(_space(sent.space), limits)
+    maps = []
+    for at, one in enumerate(sent.maps):
+        source = decode.checked_space(_space(one.source), limits, f"maps[{at}].source")
+        values = _numbers(one.matrix, f"maps[{at}].matrix", Dtype.FLOAT32, space.dimension * source.dimension)
+        maps.append(SpaceMap(source, values.reshape(space.dimension, source.dimension)))
+    return TemplateSpace(
+        id=space,
+        centre=_numbers(sent.centre, "centre", Dtype.FLOAT32, space.dimension),
+        maps=tuple(maps),
+        score_table=None if sent.score_table is None else _score_table(sent.score_table),
+    )
+
+
+def _score_table(sent: ScoreTableBody) -> ScoreTable:
+    scores, rates = np.array(sent.scores), np.array(sent.rates)
+    if not (
+        0 < len(scores) == len(rates)
+        and np.isfinite(scores).all()
+        and (np.diff(scores) > 0).all()
+        and (np.diff(rates) <= 0).all()
+        and ((rates > 0) & (rates <= 1)).all()
+    ):
+        raise InvalidInput(
+            "not a score table",
+            field="score_table",
+            hint="give as many scores, ascending, as rates, non-increasing and in (0, 1]",
+        )
+    return ScoreTable(tuple(sent.scores), tuple(sent.rates), sent.method)
+
+
+def deployment(data: bytes, now_ms: int) -> Deployment:
+    sent = body(DeploymentBody, data)
+    return Deployment(
+        deployment_id=sent.deployment_id,
+        gallery_ids=tuple(sent.gallery_ids),
+        opens_at_ms=now_ms if sent.opens_at_ms is None else sent.opens_at_ms,
+        closes_at_ms=sent.closes_at_ms,
+        probe_age_ms_max=sent.probe_age_ms_max,
+        authorised_by=sent.authorised_by,
+        reason=sent.reason,
+        place=sent.place,
+        rank_max=sent.rank_max,
+    )
+
+
+def case(data: bytes, now_ms: int) -> Case:
+    sent = body(CaseBody, data)
+    return Case(
+        case_reference=sent.case_reference,
+        gallery_ids=tuple(sent.gallery_ids),
+        opens_at_ms=now_ms if sent.opens_at_ms is None else sent.opens_at_ms,
+        closes_at_ms=sent.closes_at_ms,
+        requested_by=sent.requested_by,
+        purpose=sent.purpose,
+        rank_max=sent.rank_max,
+    )
+
+
+def _space(sent: SpaceBody) -> SpaceId:
+    return SpaceId(sent.name, sent.version, sent.dimension)
+
+
+def _rows(templates: Sequence[Any], field: str, dtype: Dtype, dimension: int) -> Float32:
+    """float32 [rows, dimension] of templates that each stand alone in the body."""
+    rows = np.empty((len(templates), dimension), dtype=np.float32)
+    for row, template in enumerate(templates):
+        rows[row] = _numbers(template, f"{field}[{row}].template", dtype, dimension)
+    return rows
+
+
+def _numbers(sent: Any, field: str, dtype: Dtype, count: int) -> Float32:
+    """float32 [count] of base64 bytes of `dtype`, or of a list of numbers, whose own precision is kept."""
+    if isinstance(sent, str):
+        try:
+            data = b64decode(sent, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise InvalidInput("not base64", field=field, cause=Cause.MALFORMED, hint=_NUMBERS_HINT) from error
+        row: Float32 = decode.templates_of(data, dtype, 1, count, field)[0]
+        return row
+    # Exact types: a bool is an int to Python, and numpy would read text and null as numbers.
+    if not isinstance(sent, list) or not set(map(type, sent)) <= {int, float}:
+        raise InvalidInput("not a list of numbers", field=field, hint=_NUMBERS_HINT)
+    if len(sent) != count:
+        raise InvalidInput(
+            f"{len(sent)} numbers where the space's dimension asks for {count}",
+            field=field,
+            cause=Cause.WRONG_DIMENSION,
+            hint="send as many numbers as the declared dimension",
+        )
+    try:
+        with np.errstate(over="ignore"):  # beyond float32 is infinity, which rejects that row
+            return np.array(sent, dtype=np.float32)
+    except OverflowError:
+        return np.full(count, np.inf, dtype=np.float32)

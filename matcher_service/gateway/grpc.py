@@ -1,0 +1,450 @@
+"""The gRPC edge: decode, call, encode.
+
+Handlers take raw bytes, so that a caller is authenticated before anything of his is parsed, and malformed bytes
+get an answer of ours. On a stream, messages are answered as soon as they are ready, in any order; reading stops
+while `limits.stream_messages_in_flight_max` of them are unanswered, which is the flow control. A refusal on a
+stream is an answer; status codes are for unary calls and for the end of a stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import grpc
+from google.protobuf import any_pb2
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from matcher_service import errors
+from matcher_service.errors import MatcherError, Overloaded, ShuttingDown, StartRefused
+from matcher_service.gateway import decode, encode, refusals
+from matcher_service.gateway.grpc_health import HEALTH_SERVICE, Health
+from matcher_service.gateway.service import Service
+from matcher_service.terms import Actor
+from matcher_service.wire import matcher_pb2 as pb
+
+Reply = TypeVar("Reply", bound=Message)
+
+SERVICE_NAME = "matcher.v1.Matcher"
+ERROR_DOMAIN = "matcher.v1"
+
+# Unary calls at once, beside the streams; what they ask for is bounded by admission.
+UNARY_CALLS_MAX = 128
+KEEPALIVE_MS = 30_000
+KEEPALIVE_TIMEOUT_MS = 10_000
+PING_INTERVAL_MS_MIN = 5_000
+
+STATUS_BY_CLASS: dict[type[MatcherError], grpc.StatusCode] = {
+    errors.InvalidInput: grpc.StatusCode.INVALID_ARGUMENT,
+    # Not RESOURCE_EXHAUSTED: clients retry that, and this message will never fit.
+    errors.TooLarge: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    errors.Forbidden: grpc.StatusCode.PERMISSION_DENIED,
+    errors.NotFound: grpc.StatusCode.NOT_FOUND,
+    errors.Conflict: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.Gone: grpc.StatusCode.NOT_FOUND,
+    errors.StaleProbe: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    errors.CallerFault: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.MemoryRefused: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.ShuttingDown: grpc.StatusCode.UNAVAILABLE,
+    errors.LogUnavailable: grpc.StatusCode.UNAVAILABLE,
+    errors.AuditUnavailable: grpc.StatusCode.UNAVAILABLE,
+    errors.ShardUnavailable: grpc.StatusCode.UNAVAILABLE,
+    errors.ReplayBehind: grpc.StatusCode.UNAVAILABLE,
+    errors.ServiceFault: grpc.StatusCode.UNAVAILABLE,
+    errors.DataDamaged: grpc.StatusCode.INTERNAL,
+    errors.StartRefused: grpc.StatusCode.INTERNAL,
+    MatcherError: grpc.StatusCode.INTERNAL,
+}
+
+
+class CallContext(Protocol):
+    """What is used of grpc.aio.ServicerContext."""
+
+    def invocation_metadata(self) -> Any: ...
+
+    def time_remaining(self) -> float | None: ...
+
+    async def send_initial_metadata(self, initial_metadata: Any) -> None: ...
+
+    async def read(self) -> Any: ...
+
+    async def write(self, message: Message) -> None: ...
+
+    async def abort(self, code: grpc.StatusCode, details: str, trailing_metadata: Any) -> None: ...
+
+
+def status_of(refusal: MatcherError) -> grpc.StatusCode:
+    """The status of the nearest class of the tree that has one."""
+    return next(STATUS_BY_CLASS[kind] for kind in type(refusal).__mro__ if kind in STATUS_BY_CLASS)
+
+
+def rich_status(refusal: MatcherError) -> status_pb2.Status:
+    """google.rpc.Status with ErrorInfo (the cause and the hint), BadRequest (the field) and RetryInfo."""
+    info = error_details_pb2.ErrorInfo(
+        reason=refusal.cause, domain=ERROR_DOMAIN, metadata={"field": refusal.field, "hint": refusal.hint}
+    )
+    details: list[Message] = [info]
+    if refusal.field:
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=refusal.field, description=encode.in_words(refusal), reason=refusal.cause
+        )
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if refusal.retry_after_ms is not None:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(refusal.retry_after_ms)
+        details.append(retry)
+    packed = []
+    for detail in details:
+        one = any_pb2.Any()
+        one.Pack(detail)
+        packed.append(one)
+    return status_pb2.Status(code=status_of(refusal).value[0], message=str(refusal), details=packed)
+
+
+async def _end_with(refusal: MatcherError, context: CallContext) -> None:
+    """Ends the call with the refusal's status; never returns normally."""
+    trailing: list[tuple[str, str | bytes]] = [("grpc-status-details-bin", rich_status(refusal).SerializeToString())]
+    if refusal.retry_after_ms is not None:
+        trailing.append(("grpc-retry-pushback-ms", str(refusal.retry_after_ms)))
+    await context.abort(status_of(refusal), str(refusal), tuple(trailing))
+
+
+class MatcherEdge:
+    """The methods of matcher.v1.Matcher over raw bytes."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._limits = service.settings.limits
+        self._open_streams = 0
+        self._draining = False
+        # The one task of each stream that takes in more; cancelling it is how a stream is drained.
+        self._intakes: set[asyncio.Task[None]] = set()
+
+    def drain(self) -> None:
+        """Take nothing more from any stream; what was read is still answered, then the stream ends."""
+        self._draining = True
+        for intake in self._intakes:
+            intake.cancel()
+
+    # --- unary ---------------------------------------------------------------------------------------
+
+    async def identify(self, data: bytes, context: CallContext) -> pb.IdentifyReply | None:
+        async def work(actor: Actor) -> pb.IdentifyReply:
+            message = decode.probe_message(
+                decode.parse(pb.IdentifyRequest, data), self._limits, actor, self._now(), context.time_remaining()
+            )
+            reply = await self._service.identify(message)
+            if refusal := refusals.of_all_probes(reply.decisions):
+                raise refusal
+            return encode.identify_reply(reply)
+
+        return await self._unary("Identify", work, context)
+
+    async def withdraw(self, data: bytes, context: CallContext) -> pb.WithdrawReply | None:
+        async def work(actor: Actor) -> pb.WithdrawReply:
+            gallery_id, reference_ids, subject_id, reason = decode.withdrawal(
+                decode.parse(pb.WithdrawRequest, data), self._limits
+            )
+            if subject_id:
+                receipt = await self._service.withdraw_subject(gallery_id, subject_id, reason, actor)
+            else:
+                receipt = await self._service.withdraw(gallery_id, reference_ids, reason, actor)
+            return encode.withdraw_reply(receipt)
+
+        return await self._unary("Withdraw", work, context)
+
+    async def _unary(self, verb: str, work: Callable[[Actor], Awaitable[Reply]], context: CallContext) -> Reply | None:
+        try:
+            reply = await work(self._authenticate(context))
+        except MatcherError as refused:
+            refusal = refused
+        except Exception as error:
+            refusal = refusals.unexpected(error)
+        else:
+            self._count(verb, "ok")
+            return reply
+        self._count(verb, refusal.cause)
+        await _end_with(refusal, context)
+        return None
+
+    # --- streams -------------------------------------------------------------------------------------
+
+    async def identify_stream(self, _requests: object, context: CallContext) -> None:
+        await self._converse("IdentifyStream", self._identify_or_refuse, context)
+
+    async def enrol(self, _requests: object, context: CallContext) -> None:
+        await self._converse("Enrol", self._enrol_or_refuse, context)
+
+    async def _identify_or_refuse(
+        self, data: bytes, actor: Actor, remaining_s: float | None
+    ) -> tuple[pb.IdentifyReply, str]:
+        """The reply of one message and, for the metrics, how it went."""
+        request = None
+        try:
+            request = decode.parse(pb.IdentifyRequest, data)
+            message = decode.probe_message(request, self._limits, actor, self._now(), remaining_s)
+            return encode.identify_reply(await self._service.identify(message)), "ok"
+        except MatcherError as refused:
+            refusal = refused
+        except Exception as error:
+            refusal = refusals.unexpected(error)
+        reply = encode.refused_identify(request, refusal)
+        self._service.metrics.decisions.labels("REJECTED").inc(len(reply.decisions))
+        self._service.metrics.rejections.labels(refusal.cause).inc(len(reply.decisions))
+        return reply, refusal.cause
+
+    async def _enrol_or_refuse(self, data: bytes, actor: Actor, remaining_s: float | None) -> tuple[pb.EnrolReply, str]:
+        request = None
+        try:
+            request = decode.parse(pb.EnrolRequest, data)
+            message = decode.enrol_message(request, self._limits, actor, self._now(), remaining_s)
+            receipts = await self._service.enrol(message)
+            return encode.enrol_reply(message.reference_ids, receipts, message.message_id), "ok"
+        except MatcherError as refused:
+            refusal = refused
+        except Exception as error:
+            refusal = refusals.unexpected(error)
+        return encode.refused_enrol(request, refusal), refusal.cause
+
+    async def _converse(
+        self,
+        verb: str,
+        answer: Callable[[bytes, Actor, float | None], Awaitable[tuple[Message, str]]],
+        context: CallContext,
+    ) -> None:
+        """Answer every message of a stream; returns when the caller has closed its side and all are answered."""
+        room = asyncio.Semaphore(self._limits.stream_messages_in_flight_max)
+        writing = asyncio.Lock()
+        ending: MatcherError | None = None
+
+        async def respond(data: bytes, actor: Actor) -> None:
+            try:
+                reply, result = await answer(data, actor, context.time_remaining())
+                async with writing:
+                    await context.write(reply)
+                self._count(verb, result)
+            except grpc.aio.BaseError:
+                intake.cancel()  # the caller has gone: nobody reads, so nothing more is taken
+            finally:
+                room.release()
+
+        async def take_in() -> None:
+            nonlocal ending
+            while True:
+                # The permit comes before the message: what cannot be worked on stays in the transport.
+                await room.acquire()
+                data = await context.read()
+                if data is grpc.aio.EOF:
+                    return
+                try:
+                    actor = self._authenticate(context)
+                except MatcherError as refused:
+                    ending = refused
+                    return
+                answers.create_task(respond(data, actor))
+
+        with self._stream(verb) as refused:
+            if ending := self._unauthenticated(context) or refused:
+                self._count(verb, ending.cause)
+                await _end_with(ending, context)
+                return
+            async with asyncio.TaskGroup() as answers:
+                intake = answers.create_task(take_in())
+                self._own(intake)
+            await self._end(intake, ending, context)
+
+    async def watch_alerts(self, data: bytes, context: CallContext) -> None:
+        verb = "WatchAlerts"
+        ending: MatcherError | None = None
+
+        async def pass_on(deployment_ids: list[str]) -> None:
+            nonlocal ending
+            feed = self._service.alert_feed.subscribe(deployment_ids)
+            coming = asyncio.ensure_future(anext(feed))
+            try:
+                # By now subscribed: the headers tell the watcher that from here on it misses nothing.
+                await asyncio.sleep(0)
+                await context.send_initial_metadata(())
+                while True:
+                    await context.write(encode.alert(await coming))
+                    coming = asyncio.ensure_future(anext(feed))
+            except StopAsyncIteration:
+                return
+            except MatcherError as refused:
+                ending = refused
+            except grpc.aio.BaseError:
+                return  # the watcher has gone
+            finally:
+                coming.cancel()
+                await asyncio.wait((coming,))
+                if isinstance(feed, AsyncGenerator):
+                    await feed.aclose()
+
+        with self._stream(verb) as refused:
+            try:
+                if refused:
+                    raise refused
+                self._authenticate(context)
+                deployment_ids = list(decode.parse(pb.WatchAlertsRequest, data).deployment_ids)
+            except MatcherError as refusal:
+                self._count(verb, refusal.cause)
+                await _end_with(refusal, context)
+                return
+            self._count(verb, "ok")
+            async with asyncio.TaskGroup() as owner:
+                intake = owner.create_task(pass_on(deployment_ids))
+                self._own(intake)
+            await self._end(intake, ending, context)
+
+    async def _end(self, intake: asyncio.Task[None], ending: MatcherError | None, context: CallContext) -> None:
+        if ending is None and intake.cancelled() and self._draining:
+            ending = ShuttingDown(
+                "the service is stopping; what it had read was answered", hint="connect to another node, or again later"
+            )
+        if ending is not None:
+            await _end_with(ending, context)
+
+    @contextlib.contextmanager
+    def _stream(self, verb: str) -> Iterator[MatcherError | None]:
+        """Counts an open stream; yields a refusal if it may not stay open."""
+        if self._draining:
+            yield ShuttingDown("the service is stopping", hint="connect to another node, or again later")
+            return
+        if self._open_streams >= self._limits.streams_max:
+            yield Overloaded(
+                f"{self._open_streams} streams are open, which is the most",
+                hint="put more probes into fewer streams, or connect to another node",
+                retry_after_ms=1000,
+            )
+            return
+        self._open_streams += 1
+        self._service.metrics.streams_open.inc()
+        try:
+            yield None
+        finally:
+            self._open_streams -= 1
+            self._service.metrics.streams_open.dec()
+
+    def _own(self, intake: asyncio.Task[None]) -> None:
+        self._intakes.add(intake)
+        intake.add_done_callback(self._intakes.discard)
+
+    # --- common --------------------------------------------------------------------------------------
+
+    def _authenticate(self, context: CallContext) -> Actor:
+        """Raises Unauthenticated; asked again for every message, because a credential may end (law 11)."""
+        for key, value in context.invocation_metadata() or ():
+            if key == "authorization":
+                return self._service.credentials.authenticate(value if isinstance(value, str) else None)
+        return self._service.credentials.authenticate(None)
+
+    def _unauthenticated(self, context: CallContext) -> MatcherError | None:
+        try:
+            self._authenticate(context)
+        except MatcherError as refusal:
+            return refusal
+        return None
+
+    def _now(self) -> float:
+        return self._service.clock.monotonic()
+
+    def _count(self, verb: str, result: str) -> None:
+        self._service.metrics.requests.labels("grpc", verb, result).inc()
+
+
+def _handlers(edge: MatcherEdge) -> grpc.GenericRpcHandler:
+    """The methods over raw request bytes: no deserialiser, so that we authenticate first and parse ourselves."""
+
+    def encoded(reply: Message) -> bytes:
+        return reply.SerializeToString()
+
+    return grpc.method_handlers_generic_handler(
+        SERVICE_NAME,
+        {
+            "Identify": grpc.unary_unary_rpc_method_handler(edge.identify, response_serializer=encoded),
+            "IdentifyStream": grpc.stream_stream_rpc_method_handler(edge.identify_stream, response_serializer=encoded),
+            "Enrol": grpc.stream_stream_rpc_method_handler(edge.enrol, response_serializer=encoded),
+            "Withdraw": grpc.unary_unary_rpc_method_handler(edge.withdraw, response_serializer=encoded),
+            "WatchAlerts": grpc.unary_stream_rpc_method_handler(edge.watch_alerts, response_serializer=encoded),
+        },
+    )
+
+
+class GrpcServer:
+    """Owns the listening server; `start` once, `stop` once, in one event loop."""
+
+    def __init__(self, service: Service) -> None:
+        self._settings = service.settings
+        self._edge = MatcherEdge(service)
+        self._health = Health(service.ready, SERVICE_NAME)
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self) -> int:
+        """The port bound, on all of which calls are answered. Raises StartRefused if it cannot be bound or the
+        TLS files cannot be used."""
+        limits, listen = self._settings.limits, self._settings.server
+        server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", limits.message_bytes_max),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.max_concurrent_streams", limits.streams_max + UNARY_CALLS_MAX),
+                ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+                ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", PING_INTERVAL_MS_MIN),
+                # A second process on the same port must fail rather than share its callers.
+                ("grpc.so_reuseport", 0),
+            ],
+            maximum_concurrent_rpcs=limits.streams_max + UNARY_CALLS_MAX,
+        )
+        server.add_generic_rpc_handlers((_handlers(self._edge),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((SERVICE_NAME, HEALTH_SERVICE, reflection.SERVICE_NAME), server)
+        host = f"[{listen.host}]" if ":" in listen.host else listen.host
+        address = f"{host}:{listen.grpc_port}"
+        try:
+            if listen.tls_certificate_file and listen.tls_key_file:
+                credentials = grpc.ssl_server_credentials(
+                    [(_bytes_of(listen.tls_key_file), _bytes_of(listen.tls_certificate_file))]
+                )
+                port = server.add_secure_port(address, credentials)
+            else:
+                port = server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise StartRefused(
+                f"cannot listen for gRPC on {address}",
+                field="server.grpc_port",
+                hint="another process may hold the port; choose another, or 0 for a free one",
+            ) from error
+        await server.start()
+        self._server = server
+        return int(port)
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuse new calls, answer what was read, end every stream; cut what is left after `grace_s`."""
+        self._edge.drain()
+        self._health.close()
+        if self._server is not None:
+            await self._server.stop(grace_s)
+
+
+def _bytes_of(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise StartRefused(
+            f"cannot read {path}: {error.strerror}", field="server", hint="check the TLS files"
+        ) from error
+
+
+def build_grpc_server(service: Service) -> GrpcServer:
+    return GrpcServer(service)

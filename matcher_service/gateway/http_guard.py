@@ -1,0 +1,136 @@
+"""What stands before every HTTP handler: authentication, then the limits on the body, then the count.
+
+Plain ASGI, outside the framework, so that nothing of a stranger's request is parsed and no body is held beyond
+the limit, whether its length was declared, chunked or compressed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from matcher_service.errors import InvalidInput, MatcherError, Overloaded, TooLarge
+from matcher_service.gateway import refusals
+from matcher_service.gateway.service import Service
+from matcher_service.settings import is_loopback
+
+HEALTH_PATHS = frozenset(("/livez", "/readyz"))
+LOOPBACK_PATHS = frozenset(("/metrics", "/docs", "/openapi.json", "/"))
+
+# Authenticated requests at once; with the limit of one body this bounds what all bodies hold.
+REQUESTS_IN_FLIGHT_MAX = 128
+
+
+class UnsupportedEncoding(InvalidInput):
+    """The body or the answer is wanted in an encoding that is not spoken here (415)."""
+
+
+class Guard:
+    def __init__(self, app: ASGIApp, service: Service, answer: Callable[[MatcherError], Response]) -> None:
+        self._app = app
+        self._service = service
+        self._answer = answer
+        self._in_flight = 0
+        loopback = is_loopback(service.settings.server.host)
+        self._open_paths = HEALTH_PATHS | LOOPBACK_PATHS if loopback else HEALTH_PATHS
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1003})
+            return
+        request = _Request(scope, receive, send, self._service.settings.limits.message_bytes_max)
+        try:
+            await self._pass(request, scope)
+        except ClientDisconnect:
+            scope["state"]["result"] = "left"
+            self._count(scope)
+            return
+        except MatcherError as refused:
+            refusal = refused
+        except Exception as error:
+            refusal = refusals.unexpected(error)
+        else:
+            return
+        scope["state"]["result"] = refusal.cause
+        self._count(scope)
+        if not request.answering:
+            await self._answer(refusal)(scope, receive, request.send)
+
+    async def _pass(self, request: _Request, scope: Scope) -> None:
+        state = scope.setdefault("state", {})
+        state["result"] = "ok"
+        headers = Headers(scope=scope)
+        if scope["path"] not in self._open_paths:
+            state["actor"] = self._service.credentials.authenticate(headers.get("authorization"))
+        if self._in_flight >= REQUESTS_IN_FLIGHT_MAX:
+            raise Overloaded(
+                "too many requests at once", hint="send fewer at a time, or use a stream", retry_after_ms=100
+            )
+        self._in_flight += 1
+        try:
+            request.check_headers(headers)
+            await self._app(scope, request.receive, request.send)
+        finally:
+            self._in_flight -= 1
+        self._count(scope)
+
+    def _count(self, scope: Scope) -> None:
+        # The name of the route, never its path: a path may hold an identifier.
+        verb = getattr(scope.get("route"), "name", "none")
+        self._service.metrics.requests.labels("http", verb, scope["state"]["result"]).inc()
+
+
+class _Request:
+    """One request's channels: counts what comes in, and knows whether an answer has begun."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, bytes_max: int) -> None:
+        scope.setdefault("state", {})
+        self._receive = receive
+        self._send = send
+        self._bytes_max = bytes_max
+        self._bytes = 0
+        self._all_read = False
+        self.answering = False
+
+    def check_headers(self, headers: Headers) -> None:
+        encoding = headers.get("content-encoding", "identity").strip().lower()
+        if encoding not in ("", "identity"):
+            raise UnsupportedEncoding(
+                "compressed bodies are not accepted",
+                field="Content-Encoding",
+                hint="send the body as it is; templates hardly compress",
+            )
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length[:20]) > self._bytes_max:
+            raise self._too_large()
+
+    def _too_large(self) -> TooLarge:
+        return TooLarge(
+            f"the body is longer than {self._bytes_max} bytes",
+            field="body",
+            hint="split it into smaller messages; protobuf or base64 is half the size of JSON numbers or less",
+        )
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.request":
+            self._bytes += len(message.get("body", b""))
+            if self._bytes > self._bytes_max:
+                raise self._too_large()
+            self._all_read = not message.get("more_body", False)
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.answering = True
+            if not self._all_read:
+                # What is left of the body will not be read, so the connection is of no more use.
+                MutableHeaders(scope=message)["Connection"] = "close"
+        await self._send(message)

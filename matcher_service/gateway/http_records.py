@@ -1,0 +1,38 @@
+"""What was recorded: alerts and the audit chain, in pages."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+from fastapi.responses import Response
+
+from matcher_service.gateway import encode_json
+from matcher_service.gateway.http_exchange import json_response
+from matcher_service.gateway.http_queries import AlertPage, PageAfterIndex
+from matcher_service.gateway.service import Service
+
+
+def router(service: Service) -> APIRouter:
+    routes = APIRouter(tags=["records"])
+
+    @routes.get("/v1/alerts")
+    async def list_alerts(query: Annotated[AlertPage, Query()]) -> Response:
+        """Recorded alerts, newest first."""
+        found = await service.log.alerts(query.deployment_id, query.before, query.limit)
+        return json_response(
+            {
+                "alerts": [encode_json.alert(one) for one in found],
+                "next_before": found[-1].alert_id if len(found) == query.limit else None,
+            }
+        )
+
+    @routes.get("/v1/audit")
+    async def list_audit(query: Annotated[PageAfterIndex, Query()]) -> Response:
+        """Audit records in order, each with its hash and that of the one before."""
+        found = await service.log.audit(query.after, query.limit)
+        return json_response(
+            {"records": found, "next_after": found[-1].get("index") if len(found) == query.limit else None}
+        )
+
+    return routes

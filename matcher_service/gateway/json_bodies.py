@@ -1,0 +1,141 @@
+"""The JSON bodies that HTTP accepts. An unknown field is an error; a template is base64 bytes or a list of numbers.
+
+The same models describe the bodies in the served API description. Counts and ranges that depend on settings are
+checked after decoding, together with those of protobuf messages.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+
+from matcher_service.terms import GalleryKind
+
+UINT32_MAX = 2**32 - 1
+INT64_MAX = 2**63 - 1
+
+Milliseconds = Annotated[int, Field(ge=0, le=INT64_MAX, description="Milliseconds since 1970-01-01T00:00:00Z.")]
+
+# Typed as anything: checked and converted in bulk afterwards, not number by number.
+Numbers = Annotated[
+    Any,
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "array", "items": {"type": "number"}},
+                {"type": "string", "contentEncoding": "base64"},
+            ],
+            "description": "A list of numbers, or base64 of little-endian values.",
+        }
+    ),
+]
+
+
+class Body(BaseModel):
+    # JSON numbers stay numbers and strings stay strings. Inputs are kept out of error texts elsewhere.
+    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
+
+
+class SpaceBody(Body):
+    name: str
+    version: int = Field(ge=0, le=UINT32_MAX)
+    dimension: int = Field(ge=0, le=UINT32_MAX)
+
+
+class ProbeBody(Body):
+    probe_id: str = Field(description="Unique within the message; chosen by the caller.")
+    template: Numbers
+    captured_at_ms: Milliseconds
+
+
+class IdentifyBody(Body):
+    space: SpaceBody
+    dtype: Literal["float32", "float16"] = Field("float32", description="Element type of base64 templates.")
+    probes: list[ProbeBody]
+    deployment_id: str = Field("", description="The authority of a live search; this or case_reference.")
+    case_reference: str = Field("", description="The authority of a retrospective search.")
+    gallery_ids: list[str] = Field([], description="Empty: every gallery that the authority allows.")
+    threshold: float | None = Field(None, description="Raises the galleries' thresholds, never lowers them.")
+    rank_max: int = Field(0, description="Most candidates (subjects) per probe; 0 means 1.")
+    min_sequence: int = Field(0, ge=0, le=INT64_MAX, description="Answer only from shards that applied it.")
+    deadline_ms: int = Field(0, description="Within which the answer is of use; 0: the service's default.")
+    message_id: str = Field("", description="Echoed in the reply.")
+    traceparent: str = ""
+
+
+class ReferenceBody(Body):
+    reference_id: str
+    subject_id: str
+    template: Numbers
+    expires_at_ms: Milliseconds = 0
+
+
+class EnrolBody(Body):
+    space: SpaceBody
+    dtype: Literal["float32", "float16"] = Field("float32", description="Element type of base64 templates.")
+    references: list[ReferenceBody]
+    idempotency_key: str = Field("", description="Repeating a message with its key changes nothing.")
+    replace: bool = Field(False, description="Replace live references of the same reference_id.")
+    message_id: str = Field("", description="Echoed in the reply.")
+
+
+class GalleryBody(Body):
+    gallery_id: str
+    kind: GalleryKind = Field(strict=False)
+    controller: str = Field(description="Who is answerable for the data.")
+    lawful_basis: str
+    purpose: str
+    retention_ms: int = Field(ge=1, le=INT64_MAX, description="Longest life of a reference from its enrolment.")
+    space: SpaceBody
+    threshold: float = Field(description="Least score, in [-1, 1], that is a candidate.")
+
+
+class SpaceMapBody(Body):
+    source: SpaceBody
+    matrix: Numbers
+
+
+class ScoreTableBody(Body):
+    scores: list[float] = Field(description="Ascending.")
+    rates: list[float] = Field(description="False-match rate at each score; non-increasing, in (0, 1].")
+    method: str = Field(description="Where the table comes from, in words.")
+
+
+class TemplateSpaceBody(Body):
+    space: SpaceBody
+    centre: Numbers
+    maps: list[SpaceMapBody] = []
+    score_table: ScoreTableBody | None = None
+
+
+class DeploymentBody(Body):
+    deployment_id: str
+    gallery_ids: list[str]
+    opens_at_ms: Milliseconds | None = Field(None, description="Left out: now.")
+    closes_at_ms: Milliseconds
+    probe_age_ms_max: int = Field(description="A live probe captured longer ago is refused.")
+    authorised_by: str
+    reason: str
+    place: str = ""
+    rank_max: int = Field(10, description="Most candidates that a search may return.")
+
+
+class CaseBody(Body):
+    case_reference: str
+    gallery_ids: list[str]
+    opens_at_ms: Milliseconds | None = Field(None, description="Left out: now.")
+    closes_at_ms: Milliseconds
+    requested_by: str
+    purpose: str
+    rank_max: int = Field(50, description="Most candidates that a search may return.")
+
+
+BODIES: tuple[type[Body], ...] = (
+    IdentifyBody,
+    EnrolBody,
+    GalleryBody,
+    TemplateSpaceBody,
+    DeploymentBody,
+    CaseBody,
+)

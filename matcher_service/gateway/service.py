@@ -1,0 +1,57 @@
+"""What an edge needs of the rest of the service, in one value.
+
+The edges decode, call and encode; everything that judges or stores stands behind these callables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from matcher_service.catalogue import Catalogue
+from matcher_service.errors import MatcherError
+from matcher_service.metrics import Metrics
+from matcher_service.seams import Clock, GalleryLog
+from matcher_service.settings import Settings
+from matcher_service.terms import Actor, Alert, EnrolMessage, IdentifyReply, ProbeMessage, Receipt, Write
+
+
+class Credentials(Protocol):
+    def authenticate(self, authorization: str | None) -> Actor:
+        """Who presents this Authorization header or metadata value; raises Unauthenticated."""
+        ...
+
+
+class Subscriptions(Protocol):
+    def subscribe(self, deployment_ids: Sequence[str] = ()) -> AsyncIterator[Alert]:
+        """Alerts from now on, of these deployments (none: of all); raises Overloaded if the reader lags."""
+        ...
+
+
+Withdrawal = Callable[[str, Sequence[str], str, Actor], Awaitable[Receipt]]
+SubjectWithdrawal = Callable[[str, str, str, Actor], Awaitable[Receipt]]
+
+
+@dataclass(frozen=True)
+class Service:
+    """Every callable raises MatcherError for a refusal of the whole message.
+
+    `identify` and `enrol` answer row by row otherwise. `withdraw` takes (gallery_id, reference_ids, reason,
+    actor), `withdraw_subject` (gallery_id or "", subject_id, reason, actor). `log` is only read here.
+    `ready` says whether requests can be served and, if not, why.
+    """
+
+    identify: Callable[[ProbeMessage], Awaitable[IdentifyReply]]
+    enrol: Callable[[EnrolMessage], Awaitable[list[Receipt | MatcherError]]]
+    withdraw: Withdrawal
+    withdraw_subject: SubjectWithdrawal
+    change: Callable[[Write, Actor], Awaitable[Receipt]]
+    catalogue: Catalogue
+    log: GalleryLog
+    alert_feed: Subscriptions
+    ready: Callable[[], tuple[bool, str]]
+    settings: Settings
+    metrics: Metrics
+    clock: Clock
+    credentials: Credentials
