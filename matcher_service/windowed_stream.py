@@ -109,6 +109,8 @@ class _Attempt(Generic[Question]):
     flight: _Flight[Question]
     rows: set[int]
     sent_at: float = 0.0
+    refused: dict[int, Any] = field(default_factory=dict)
+    retry_after_ms: int = 0
 
 
 class WindowedStream(Generic[Question, Answer]):
@@ -278,31 +280,37 @@ class WindowedStream(Generic[Question, Answer]):
         flight = attempt.flight
         rows: list[int] = []
         answers: list[Answer] = []
-        retries: list[int] = []
-        retry_after_ms = 0
         for row, answer, after_ms in self._dialogue.decode(flight.question, reply, now - flight.taken_at):
             if row not in attempt.rows or row not in flight.unanswered:
                 self._counts.surplus_answers_dropped += 1
                 continue
             attempt.rows.discard(row)
-            if after_ms is not None and now + after_ms / 1000 < flight.deadline_at:
-                retries.append(row)
-                retry_after_ms = max(retry_after_ms, after_ms)
-            rows.append(row)
-            answers.append(answer)
+            if after_ms is not None:
+                attempt.refused[row] = answer
+                attempt.retry_after_ms = max(attempt.retry_after_ms, after_ms)
+            else:
+                rows.append(row)
+                answers.append(answer)
         if not attempt.rows:
             del self._sent[wire_id]
-        if retries:
-            delay_s = retry_after_ms / 1000 + self._backoff.delay_s(flight.retries, self._rng)
-            flight.retries += 1
-            if now + delay_s < flight.deadline_at:
-                again = set(retries)
-                kept = [index for index, row in enumerate(rows) if row not in again]
-                rows, answers = [rows[index] for index in kept], [answers[index] for index in kept]
-                self._counts.rows_retried += len(again)
-                flight.timers.append(loop.call_later(delay_s, self._send, _Attempt(flight, again)))
+            # Only now, so that a flight never has two messages under way and the window holds on the wire.
+            if attempt.refused and not self._try_again_later(attempt, now):
+                rows.extend(attempt.refused.keys())
+                answers.extend(attempt.refused.values())
         if rows:
             self._deliver(flight, rows, answers)
+
+    def _try_again_later(self, attempt: _Attempt[Question], now: float) -> bool:
+        """False if the deadline leaves no time for it: then the refusals are the answers."""
+        flight = attempt.flight
+        delay_s = attempt.retry_after_ms / 1000 + self._backoff.delay_s(flight.retries, self._rng)
+        if now + delay_s >= flight.deadline_at:
+            return False
+        flight.retries += 1
+        self._counts.rows_retried += len(attempt.refused)
+        again = _Attempt(flight, set(attempt.refused))
+        flight.timers[1:] = [asyncio.get_running_loop().call_later(delay_s, self._send, again)]
+        return True
 
     # --- the connection --------------------------------------------------------------------------------
 
@@ -336,10 +344,10 @@ class WindowedStream(Generic[Question, Answer]):
         self._answers.put_nowait(error)
 
     def _send_again_what_was_not_answered(self) -> None:
-        waiting = [attempt for attempt in self._sent.values() if attempt.rows & attempt.flight.unanswered]
+        waiting = list(self._sent.values())
         self._sent.clear()
         self._counts.messages_resent += len(waiting)
-        again = [_Attempt(attempt.flight, attempt.rows & attempt.flight.unanswered) for attempt in waiting]
+        again = [_Attempt(one.flight, (one.rows | one.refused.keys()) & one.flight.unanswered) for one in waiting]
         again.extend(self._outbox)
         again.sort(key=lambda attempt: attempt.flight.number)
         self._outbox = deque(again)

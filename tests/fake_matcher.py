@@ -134,7 +134,9 @@ class FakeMatcher(pb_grpc.MatcherServicer):
                 if script.end_with is not None:
                     await context.abort(*script.end_with)
                 if script.messages in script.break_at:
-                    await context.abort(grpc.StatusCode.UNAVAILABLE, "scripted")
+                    # Not while a write is under way: grpc.aio's abort would wait for ever.
+                    async with writing:
+                        await context.abort(grpc.StatusCode.UNAVAILABLE, "scripted")
                 if not silent:
                     waiting.append(asyncio.create_task(self._answer(request, context, writing)))
             await asyncio.gather(*waiting)

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
 from matcher_service.client import Backoff, MatcherClient, ProbeAnswer, Probes, ReceiptOutcome, References
-from matcher_service.errors import InvalidInput, ShuttingDown, Unauthenticated
+from matcher_service.errors import Forbidden, InvalidInput, ShuttingDown, Unauthenticated
 from matcher_service.terms import Outcome, SpaceId
 from tests.fake_matcher import TOKEN, Script, fake_server, subject_of
 
@@ -51,8 +51,7 @@ async def identify_all(
     script: Script, messages: list[Probes], **more: object
 ) -> tuple[list[ProbeAnswer], MatcherClient]:
     async with fake_server(script) as port, client_of(port, **more) as client:
-        async with aclosing(client.identify_stream(each(messages))) as answers:
-            return [answer async for answer in answers], client
+        return [answer async for answer in client.identify_stream(each(messages))], client
 
 
 def assert_each_answered_rightly(messages: list[Probes], answers: list[ProbeAnswer]) -> None:
@@ -75,7 +74,7 @@ def assert_each_answered_rightly(messages: list[Probes], answers: list[ProbeAnsw
             assert answer.error is None
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     sizes=st.lists(st.integers(0, 5), max_size=12),
     break_at=st.frozensets(st.integers(1, 20), max_size=5),
@@ -113,11 +112,8 @@ def test_law_3_every_probe_gets_exactly_one_right_answer_through_any_faults(
     )
     answers, client = asyncio.run(identify_all(script, messages, in_flight_messages_max=window))
     assert_each_answered_rightly(messages, answers)
-    assert script.unanswered_most <= window * 2  # a partly refused message is asked again beside its first part
-    if overload_times == 0:
-        assert script.unanswered_most <= window
-    # A break that nobody waits behind is not noticed; every other one is survived by another connection.
-    assert client.counts.connections <= script.streams + client.counts.breaks
+    assert script.unanswered_most <= window
+    assert client.counts.connections == script.streams
     if repeat and any(sizes):
         assert client.counts.surplus_answers_dropped > 0
 
@@ -234,6 +230,11 @@ async def test_nobody_listening_is_a_deadline_that_says_why() -> None:
     assert "unavailable" in answers[0].decision.detail
 
 
+async def collect(stream: AsyncIterator[ProbeAnswer], into: list[ProbeAnswer]) -> None:
+    async for answer in stream:
+        into.append(answer)
+
+
 async def test_a_stream_ended_for_good_answers_every_probe_taken_and_then_raises() -> None:
     """An error that trying again cannot help is raised once, after each probe taken got its one refusal."""
     rng = np.random.default_rng(9)
@@ -247,8 +248,7 @@ async def test_a_stream_ended_for_good_answers_every_probe_taken_and_then_raises
 
     async with fake_server(Script()) as port, MatcherClient(f"127.0.0.1:{port}", "wrong", backoff=QUICK) as client:
         with pytest.raises(Unauthenticated):
-            async for answer in client.identify_stream(source()):
-                answers.append(answer)
+            await collect(client.identify_stream(source()), answers)
     assert [answer.decision.cause for answer in answers] == ["UNAUTHENTICATED"] * len(answers)
     assert Counter(answer.decision.probe_id for answer in answers) == Counter(
         probe_id for one in taken for probe_id in one.probe_ids
@@ -264,11 +264,10 @@ async def test_what_the_source_raises_is_raised_after_the_answers_of_what_it_gav
         yield message(1, 3, rng)
         raise RuntimeError("the camera is gone")
 
-    answers = []
+    answers: list[ProbeAnswer] = []
     async with fake_server(Script()) as port, client_of(port) as client:
         with pytest.raises(RuntimeError, match="the camera is gone"):
-            async for answer in client.identify_stream(source()):
-                answers.append(answer)
+            await collect(client.identify_stream(source()), answers)
     assert len(answers) == 3
 
 
@@ -293,7 +292,7 @@ async def test_a_stream_that_is_left_leaves_no_tasks(how: str) -> None:
 
         streaming = asyncio.create_task(stream())
         if how == "unreachable":
-            while not client.counts.breaks:
+            while not client.counts.breaks:  # noqa: ASYNC110 - the count is the client's, not ours to signal
                 await asyncio.sleep(0)
         else:
             await some.wait()
@@ -355,7 +354,7 @@ async def each_of(messages: list[References]) -> AsyncIterator[References]:
         yield one
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     sizes=st.lists(st.integers(0, 4), max_size=10),
     break_at=st.frozensets(st.integers(1, 16), max_size=5),
@@ -432,15 +431,9 @@ def test_a_token_is_never_sent_in_clear_beyond_loopback() -> None:
         MatcherClient(address, TOKEN)
 
 
-def test_the_stream_status_of_a_revoked_authority_is_not_tried_again() -> None:
+async def test_the_stream_status_of_a_revoked_authority_is_not_tried_again() -> None:
     """PERMISSION_DENIED ends the stream for good instead of reconnecting for ever."""
-    from matcher_service.errors import Forbidden
-
     script = Script(end_with=(grpc.StatusCode.PERMISSION_DENIED, "the deployment has ended"))
-
-    async def scenario() -> None:
-        await identify_all(script, [message(1, 2, np.random.default_rng(1))])
-
     with pytest.raises(Forbidden, match="the deployment has ended"):
-        asyncio.run(scenario())
+        await identify_all(script, [message(1, 2, np.random.default_rng(1))])
     assert script.streams == 1
