@@ -1,0 +1,103 @@
+"""The bounded queue between callers and the thread that owns all writes."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from matcher_service.terms import Actor, Alert, AuditEvent, Write
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AppendJob:
+    writes: Sequence[Write]
+    actor: Actor
+    answer: Future[Any] = field(default_factory=Future)
+
+    @property
+    def weight(self) -> int:
+        return max(len(self.writes), 1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RecordJob:
+    """`details` are the events' details in canonical form, b"" for none."""
+
+    events: Sequence[AuditEvent]
+    details: Sequence[bytes]
+    alerts: Sequence[Alert]
+    answer: Future[Any] = field(default_factory=Future)
+
+    @property
+    def weight(self) -> int:
+        return max(len(self.events) + len(self.alerts), 1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EraseJob:
+    now_ms: int
+    answer: Future[Any] = field(default_factory=Future)
+
+    @property
+    def weight(self) -> int:
+        return 1
+
+
+Job = AppendJob | RecordJob | EraseJob
+
+
+class Inbox:
+    """First in, first out; bounded in jobs and in writes; closed once."""
+
+    def __init__(self, jobs_max: int, writes_max: int) -> None:
+        self._jobs: deque[Job] = deque()
+        self._jobs_max = jobs_max
+        self._writes_max = writes_max
+        self._writes = 0
+        self._closed = False
+        self._changed = threading.Condition()
+
+    def put(self, job: Job) -> bool:
+        """False if there is no room. Raises RuntimeError once closed."""
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("the inbox is closed")
+            # An empty inbox takes anything, so that no job can be refused for ever.
+            full = len(self._jobs) >= self._jobs_max or self._writes + job.weight > self._writes_max
+            if full and self._jobs:
+                return False
+            self._jobs.append(job)
+            self._writes += job.weight
+            self._changed.notify()
+            return True
+
+    def take(self, writes_max: int) -> list[Job]:
+        """The jobs of the next transaction: at least one, and more while they are within `writes_max`. An erasure
+        comes alone. Waits while there are none; [] once closed and drained."""
+        with self._changed:
+            while not self._jobs:
+                if self._closed:
+                    return []
+                self._changed.wait()
+            taken: list[Job] = []
+            writes = 0
+            while self._jobs:
+                following = self._jobs[0]
+                if taken and (isinstance(following, EraseJob) or writes + following.weight > writes_max):
+                    break
+                taken.append(self._jobs.popleft())
+                writes += following.weight
+                if isinstance(following, EraseJob):
+                    break
+            self._writes -= writes
+            return taken
+
+    def close(self) -> None:
+        """Take no more jobs; those inside are still handed out."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()

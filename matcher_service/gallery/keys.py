@@ -1,0 +1,187 @@
+"""The keyring: one AES-256 data key per gallery, wrapped by a master key, in files outside the database.
+
+    keys_dir/                       mode 0700; belongs in no backup of the database
+      master.key                    32 random bytes, mode 0600
+      system.key                    wrapped; seals alerts and the personal details of the audit
+      galleries/<digest>.key        wrapped; the digest is SHA-256 of the gallery id
+      galleries/<digest>.destroyed  what is left of a destroyed key: when, and of which gallery
+
+A wrapped key is a format byte, a 12-byte nonce and AES-256-GCM of the data key under the master key with the name
+as associated data, so that files cannot change places. Files are written aside, synced, renamed, and their
+directory is synced: a key is durable before anything is sealed under it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from pathlib import Path
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from matcher_service.errors import Conflict, DataDamaged, NotFound, StartRefused
+
+KEY_BYTES = 32
+_FORMAT = b"\x01"
+_NONCE_BYTES = 12
+
+
+class Keyring:
+    """The data keys of one data directory. Methods may be called from any thread.
+
+    Removing a key overwrites and unlinks its file. On media that never overwrite in place (copy-on-write file
+    systems, flash) the old blocks are beyond any program's reach; there, destroy the master key with the medium.
+    """
+
+    def __init__(self, keys_dir: Path, *, fresh: bool) -> None:
+        """Open `keys_dir`. `fresh`: nothing has been sealed yet, so a missing master key may be made.
+
+        Raises StartRefused if the master key is missing although something was sealed, or is readable by others.
+        """
+        self._dir = keys_dir
+        self._galleries = keys_dir / "galleries"
+        self._lock = threading.Lock()
+        self._ciphers: dict[str, tuple[bytes, AESGCM]] = {}
+        self._gone: set[str] = set()
+        master = keys_dir / "master.key"
+        if not master.exists():
+            if not fresh:
+                raise StartRefused(
+                    f"no master key at {master}, and the gallery log holds templates sealed under it",
+                    hint="restore the keys directory, or set storage.keys_dir to where it is",
+                )
+            self._galleries.mkdir(mode=0o700, parents=True, exist_ok=True)
+            keys_dir.chmod(0o700)
+            _write_durably(master, os.urandom(KEY_BYTES))
+            _sync_directory(keys_dir.parent)
+        if master.stat().st_mode & 0o077:
+            raise StartRefused(f"the master key {master} is open to others", hint=f"chmod 600 {master}")
+        self._galleries.mkdir(mode=0o700, exist_ok=True)
+        self._master = AESGCM(_read_exactly(master, KEY_BYTES))
+        system = keys_dir / "system.key"
+        if not system.exists():
+            if not fresh:
+                raise StartRefused(f"no system key at {system}", hint="restore the keys directory")
+            _write_durably(system, self._wrapped("system", os.urandom(KEY_BYTES)))
+        self._system = AESGCM(self._unwrapped("system", system))
+
+    def create(self, gallery_id: str) -> None:
+        """Make a gallery's key durable. One that is there already stays. Raises Conflict if it was destroyed."""
+        with self._lock:
+            if self._tombstone(gallery_id).exists():
+                raise Conflict(
+                    f"the key of gallery {gallery_id} was destroyed",
+                    field="gallery_id",
+                    hint="an id is never used twice; choose another",
+                )
+            path = self._path(gallery_id)
+            if not path.exists():
+                _write_durably(path, self._wrapped(f"gallery:{gallery_id}", os.urandom(KEY_BYTES)))
+            self._gone.discard(gallery_id)
+
+    def key(self, gallery_id: str) -> bytes:
+        """The 32-byte data key of a gallery.
+
+        Raises NotFound if there is none or it was destroyed, DataDamaged if its file fails its authentication.
+        """
+        found = self._find(gallery_id)
+        if found is None:
+            raise NotFound(
+                f"no key for gallery {gallery_id}: what it sealed cannot be read",
+                field="gallery_id",
+                hint="restore the keys directory, unless the gallery was deleted",
+            )
+        return found[0]
+
+    def cipher(self, gallery_id: str) -> AESGCM | None:
+        """The cipher under a gallery's key; None if there is no key or it was destroyed."""
+        found = self._find(gallery_id)
+        return None if found is None else found[1]
+
+    @property
+    def system(self) -> AESGCM:
+        """The cipher for what belongs to no gallery: alerts, and the personal details of the audit."""
+        return self._system
+
+    def destroyed(self, gallery_id: str) -> bool:
+        return self._tombstone(gallery_id).exists()
+
+    def destroy(self, gallery_id: str, at_ms: int) -> None:
+        """Remove a gallery's key for good; durable on return. Repeating it, or there being no key, is no error."""
+        with self._lock:
+            tombstone = self._tombstone(gallery_id)
+            if not tombstone.exists():
+                note = json.dumps({"gallery_id": gallery_id, "destroyed_at_ms": at_ms}, sort_keys=True)
+                _write_durably(tombstone, note.encode())
+            path = self._path(gallery_id)
+            if path.exists():
+                with path.open("r+b", buffering=0) as file:
+                    file.write(os.urandom(path.stat().st_size))
+                    os.fsync(file.fileno())
+                path.unlink()
+                _sync_directory(self._galleries)
+            self._ciphers.pop(gallery_id, None)
+            self._gone.add(gallery_id)
+
+    def _find(self, gallery_id: str) -> tuple[bytes, AESGCM] | None:
+        with self._lock:
+            found = self._ciphers.get(gallery_id)
+            if found is None and gallery_id not in self._gone:
+                path = self._path(gallery_id)
+                if self._tombstone(gallery_id).exists() or not path.exists():
+                    self._gone.add(gallery_id)
+                    return None
+                data_key = self._unwrapped(f"gallery:{gallery_id}", path)
+                found = self._ciphers[gallery_id] = (data_key, AESGCM(data_key))
+            return found
+
+    def _path(self, gallery_id: str) -> Path:
+        return self._galleries / f"{hashlib.sha256(gallery_id.encode()).hexdigest()}.key"
+
+    def _tombstone(self, gallery_id: str) -> Path:
+        return self._path(gallery_id).with_suffix(".destroyed")
+
+    def _wrapped(self, name: str, data_key: bytes) -> bytes:
+        nonce = os.urandom(_NONCE_BYTES)
+        return _FORMAT + nonce + self._master.encrypt(nonce, data_key, name.encode())
+
+    def _unwrapped(self, name: str, path: Path) -> bytes:
+        stored = path.read_bytes()
+        try:
+            if stored[:1] != _FORMAT:
+                raise InvalidTag
+            return self._master.decrypt(stored[1 : 1 + _NONCE_BYTES], stored[1 + _NONCE_BYTES :], name.encode())
+        except (InvalidTag, ValueError) as unfit:
+            raise DataDamaged(
+                f"the key file {path} of {name} fails its authentication under the master key",
+                hint="restore the keys directory: master key and data keys belong together",
+            ) from unfit
+
+
+def _read_exactly(path: Path, size: int) -> bytes:
+    content = path.read_bytes()
+    if len(content) != size:
+        raise StartRefused(f"{path} holds {len(content)} bytes, not {size}", hint="restore the keys directory")
+    return content
+
+
+def _write_durably(path: Path, content: bytes) -> None:
+    aside = path.with_name(path.name + ".tmp")
+    aside.unlink(missing_ok=True)
+    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb", buffering=0) as file:
+        file.write(content)
+        os.fsync(file.fileno())
+    aside.rename(path)
+    _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,483 @@
+"""The gallery log over SQL: one thread owns all writes, a few threads read.
+
+Callers' appends wait in a bounded inbox; the owner takes what waits, judges it in order and commits it in one
+transaction, so that the price of syncing the disk is shared. Receipts are given only after the commit returned.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import orjson
+from sqlalchemy import Connection, select
+from sqlalchemy.exc import DatabaseError, DataError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
+
+from matcher_service.errors import (
+    AuditUnavailable,
+    DataDamaged,
+    LogUnavailable,
+    MatcherError,
+    NotFound,
+    StartRefused,
+    TooLarge,
+)
+from matcher_service.gallery import records, seal
+from matcher_service.gallery.inbox import AppendJob, EraseJob, Inbox, Job, RecordJob
+from matcher_service.gallery.keys import Keyring
+from matcher_service.gallery.schema import alert, audit_record, entry, live
+from matcher_service.gallery.sqlite import FILE_NAME, migrate, reader_engine, truncate_log, writer_engine
+from matcher_service.gallery.state import CatalogueState
+from matcher_service.gallery.transaction import SERVICE, Terms, WriteTransaction, detail_bytes
+from matcher_service.seams import Clock
+from matcher_service.settings import StorageSettings
+from matcher_service.terms import (
+    Actor,
+    Alert,
+    AuditEvent,
+    Cause,
+    DeleteGallery,
+    EntryKind,
+    LogEntry,
+    Receipt,
+    Reference,
+    Write,
+)
+
+WRITES_PER_APPEND_MAX = 10_000
+ERASED_AT_ONCE_MAX = 10_000
+_JOBS_WAITING_MAX = 4096
+_WRITES_WAITING_MAX = 131_072
+_READERS = 3
+_RETRY_AFTER_MS = 200
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+
+async def open_sqlite_log(
+    data_dir: Path, keys_dir: Path, settings: StorageSettings, clock: Clock, *, busy_timeout_ms: int = 2000
+) -> SqlGalleryLog:
+    """Open, or make, the gallery log of a data directory. The caller sees to it that no other process has it open.
+
+    Brings the tables to the newest version, and finishes deletions of galleries whose keys were destroyed, whether
+    the process ended in between or an older database was restored. Raises StartRefused if the database cannot be
+    used, or if templates are sealed under keys that are missing.
+    """
+    log = SqlGalleryLog(data_dir / FILE_NAME, keys_dir, settings, clock, busy_timeout_ms)
+    try:
+        await asyncio.to_thread(log.open)
+    except BaseException:
+        await log.close()
+        raise
+    return log
+
+
+class SqlGalleryLog:
+    """Implements `seams.GalleryLog`. Made by `open_sqlite_log`; its methods are for event loops, any of them."""
+
+    def __init__(
+        self, path: Path, keys_dir: Path, settings: StorageSettings, clock: Clock, busy_timeout_ms: int
+    ) -> None:
+        self._path = path
+        self._keys_dir = keys_dir
+        self._clock = clock
+        self._terms = Terms(
+            idempotency_window_ms=round(settings.idempotency_window_h * 3_600_000),
+            erase_within_ms=round(settings.erase_within_h * 3_600_000),
+            alert_retention_ms=round(settings.alert_retention_d * 86_400_000),
+        )
+        self._writer = writer_engine(path, busy_timeout_ms)
+        self._reader = reader_engine(path, _READERS, busy_timeout_ms)
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="gallery-log-read")
+        self._inbox = Inbox(_JOBS_WAITING_MAX, _WRITES_WAITING_MAX)
+        self._owner: threading.Thread | None = None
+        self._state = CatalogueState()
+        self._wipe_pending = False
+        self._doomed: set[str] = set()
+        self._news = threading.Lock()
+        self._head = 0
+        self._newest_at_ms = 0
+        self._waiting: dict[asyncio.Future[None], asyncio.AbstractEventLoop] = {}
+        self._closed = False
+
+    @property
+    def keyring(self) -> Keyring:
+        """The keys, which segment files are sealed under too."""
+        return self._keyring
+
+    def open(self) -> None:
+        """Blocking part of `open_sqlite_log`."""
+        try:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            migrate(self._writer)
+            with self._writer.begin() as connection:
+                newest = connection.execute(_NEWEST).first()
+                self._state.catch_up(connection)
+        except (SQLAlchemyError, OSError) as broken:
+            raise StartRefused(
+                f"the gallery log {self._path} cannot be opened: {_first_line(broken)}",
+                hint="check the disk and the file's owner, or restore the database from a backup",
+            ) from broken
+        self._path.chmod(0o600)
+        if newest is not None:
+            self._head, self._newest_at_ms = newest
+        self._keyring = Keyring(self._keys_dir, fresh=newest is None)
+        self._settle_keys()
+        self._owner = threading.Thread(target=self._own, name="gallery-log-write")
+        self._owner.start()
+
+    def _settle_keys(self) -> None:
+        for gallery_id in self._state.deleted:
+            self._keyring.destroy(gallery_id, self._newest_at_ms)
+        ended = [one for one in self._state.galleries if self._keyring.destroyed(one)]
+        if ended:
+            writes = [DeleteGallery(one, "its key was destroyed") for one in ended]
+            self._commit([AppendJob(writes, SERVICE)])
+        for gallery_id in self._state.galleries:
+            if self._keyring.cipher(gallery_id) is None:
+                raise StartRefused(
+                    f"the key of gallery {gallery_id} is missing: its references could not be searched",
+                    hint="restore the keys directory",
+                )
+
+    # --- writing -----------------------------------------------------------------------------------
+
+    async def append(self, writes: Sequence[Write], actor: Actor) -> list[Receipt | MatcherError]:
+        if not writes:
+            return []
+        if len(writes) > WRITES_PER_APPEND_MAX:
+            raise TooLarge(
+                f"{len(writes)} writes at once", field="writes", hint=f"at most {WRITES_PER_APPEND_MAX} in one append"
+            )
+        answers: list[Receipt | MatcherError] = await self._put(AppendJob(tuple(writes), actor), LogUnavailable)
+        return answers
+
+    async def record(self, events: Sequence[AuditEvent], alerts: Sequence[Alert]) -> None:
+        if not events and not alerts:
+            return
+        try:
+            details = [detail_bytes(dict(event.detail)) for event in events]
+        except ValueError as unfit:
+            raise AuditUnavailable(f"an event's detail is not JSON: {unfit}", field="detail") from unfit
+        await self._put(RecordJob(tuple(events), details, tuple(alerts)), AuditUnavailable)
+
+    async def erase(self, now_ms: int) -> int:
+        erased: int = await self._put(EraseJob(now_ms), LogUnavailable)
+        return erased
+
+    async def _put(self, job: Job, unavailable: type[MatcherError]) -> Any:
+        try:
+            accepted = self._inbox.put(job)
+        except RuntimeError:
+            raise unavailable("the gallery log is closed", cause=Cause.SHUTTING_DOWN) from None
+        if not accepted:
+            raise unavailable(
+                "too many writes wait for the gallery log",
+                cause=Cause.OVERLOADED,
+                hint="send more slowly",
+                retry_after_ms=_RETRY_AFTER_MS,
+            )
+        return await asyncio.wrap_future(job.answer)
+
+    def _own(self) -> None:
+        while jobs := self._inbox.take(WRITES_PER_APPEND_MAX):
+            # A caller who left before the work began is not served; from here on nobody can leave.
+            present = [job for job in jobs if job.answer.set_running_or_notify_cancel()]
+            if not present:
+                continue
+            failure = self._attempt(present)
+            if failure is None:
+                continue
+            for job in present:
+                # What is wrong with one caller's writes must not fail those it shared a transaction with.
+                alone = failure if len(present) == 1 or _is_storage(failure) else self._attempt([job])
+                if alone is not None:
+                    job.answer.set_exception(_translated(alone, job))
+
+    def _attempt(self, jobs: list[Job]) -> BaseException | None:
+        """Serve the jobs and give the answers; or give none, and return what went wrong."""
+        try:
+            answers = self._commit(jobs)
+        except BaseException as failure:
+            self._recover()
+            return failure
+        for job, answer in zip(jobs, answers, strict=True):
+            job.answer.set_result(answer)
+        return None
+
+    def _commit(self, jobs: Sequence[Job]) -> list[Any]:
+        answers: list[Any] = []
+        with self._writer.begin() as connection:
+            transaction = WriteTransaction(connection, self._keyring, self._state, self._terms, self._clock.wall_ms())
+            for job in jobs:
+                match job:
+                    case AppendJob():
+                        answers.append(transaction.append(job.writes, job.actor))
+                    case RecordJob():
+                        transaction.record(job.events, job.details, job.alerts)
+                        answers.append(None)
+                    case EraseJob():
+                        answers.append(transaction.erase(job.now_ms, ERASED_AT_ONCE_MAX))
+            transaction.flush()
+        self._tell(transaction.sequence, transaction.at_ms)
+        self._doomed.update(transaction.destroyed)
+        if self._doomed:
+            self._destroy_keys(transaction.at_ms)
+            _qualify(jobs, answers, self._doomed)
+        if any(isinstance(job, EraseJob) for job in jobs):
+            self._wipe(any(answers))
+        return answers
+
+    def _destroy_keys(self, at_ms: int) -> None:
+        """Destroy the keys of deleted galleries; those that resist are tried again with the next transaction."""
+        for gallery_id in sorted(self._doomed):
+            try:
+                self._keyring.destroy(gallery_id, at_ms)
+            except OSError as broken:
+                _log.error("the key of deleted gallery %s could not be destroyed: %s", gallery_id, broken)
+            else:
+                self._doomed.discard(gallery_id)
+
+    def _wipe(self, erased: bool) -> None:
+        """Leave no older version of a page behind: what was erased still stands in the write-ahead log."""
+        self._wipe_pending |= erased
+        if self._wipe_pending:
+            if not truncate_log(self._writer):
+                raise LogUnavailable(
+                    "templates were erased, but a reader kept the write-ahead log from being truncated",
+                    hint="erase again",
+                )
+            self._wipe_pending = False
+
+    def _recover(self) -> None:
+        """After a failure: trust nothing in memory. The outcome of a failed commit is unknown, so whoever waits for
+        news is told that there may be some."""
+        self._state = CatalogueState()
+        self._writer.dispose()
+        try:
+            with self._reader.begin() as connection:
+                newest = connection.execute(_NEWEST).first()
+        except (SQLAlchemyError, OSError):
+            newest = None
+        self._tell(*(newest or (0, 0)))
+
+    # --- news --------------------------------------------------------------------------------------
+
+    async def head(self) -> int:
+        return self._head
+
+    async def wait_beyond(self, sequence: int) -> None:
+        loop = asyncio.get_running_loop()
+        news: asyncio.Future[None] = loop.create_future()
+        with self._news:
+            if self._head > sequence or self._closed:
+                return
+            self._waiting[news] = loop
+        try:
+            await news
+        finally:
+            with self._news:
+                self._waiting.pop(news, None)
+
+    def _tell(self, head: int, at_ms: int) -> None:
+        with self._news:
+            self._head = max(self._head, head)
+            self._newest_at_ms = max(self._newest_at_ms, at_ms)
+            waiting, self._waiting = self._waiting, {}
+        for news, loop in waiting.items():
+            try:
+                loop.call_soon_threadsafe(_wake, news)
+            except RuntimeError:
+                _log.debug("a loop that waited for the gallery log has been closed")
+
+    # --- reading -----------------------------------------------------------------------------------
+
+    async def read(self, after: int, limit: int) -> list[LogEntry]:
+        return await self._query(lambda connection: self._read(connection, after, limit))
+
+    def _read(self, connection: Connection, after: int, limit: int) -> list[LogEntry]:
+        wanted = _ENTRIES.where(entry.c.sequence > after).order_by(entry.c.sequence).limit(limit)
+        cipher_of = self._keyring.cipher
+        ciphers = {}
+        kinds = {int(kind): kind for kind in EntryKind}
+        found: list[LogEntry] = []
+        for row in connection.execute(wanted):
+            sequence, kind, at_ms, gallery_id, reference_id, subject_id, expires_at_ms, sealed, record = row
+            template = None
+            if sealed is not None:
+                if gallery_id not in ciphers:
+                    ciphers[gallery_id] = cipher_of(gallery_id)
+                cipher = ciphers[gallery_id]
+                if cipher is not None:
+                    template = seal.unseal_template(cipher, sealed, gallery_id, reference_id, sequence)
+            found.append(
+                LogEntry(
+                    sequence, kinds[kind], at_ms, gallery_id, reference_id, subject_id, expires_at_ms, template,
+                    record or b"",
+                )
+            )  # fmt: skip
+        return found
+
+    async def references(self, gallery_id: str, after: str, limit: int) -> list[Reference]:
+        wanted = (
+            _REFERENCES.where(live.c.gallery_id == gallery_id, live.c.reference_id > after)
+            .order_by(live.c.reference_id)
+            .limit(limit)
+        )
+        return await self._references(wanted)
+
+    async def reference(self, gallery_id: str, reference_id: str) -> Reference | None:
+        found = await self._references(
+            _REFERENCES.where(live.c.gallery_id == gallery_id, live.c.reference_id == reference_id)
+        )
+        return found[0] if found else None
+
+    async def subject(self, subject_id: str) -> list[Reference]:
+        return await self._references(
+            _REFERENCES.where(live.c.subject_id == subject_id).order_by(live.c.gallery_id, live.c.reference_id)
+        )
+
+    async def _references(self, wanted: Any) -> list[Reference]:
+        now_ms = max(self._clock.wall_ms(), self._newest_at_ms)
+        wanted = wanted.where(live.c.expires_at_ms > now_ms)
+        return await self._query(lambda connection: [Reference(*row) for row in connection.execute(wanted)])
+
+    async def alerts(self, deployment_id: str, before: str, limit: int) -> list[Alert]:
+        def query(connection: Connection) -> list[Alert]:
+            wanted = select(alert.c.alert_id, alert.c.sealed).order_by(alert.c.position.desc()).limit(limit)
+            if deployment_id:
+                wanted = wanted.where(alert.c.deployment_id == deployment_id)
+            if before:
+                place = connection.execute(select(alert.c.position).where(alert.c.alert_id == before)).scalar()
+                if place is None:
+                    raise NotFound(
+                        f"alert {before} is not held", field="before", hint="it may have been erased; start again"
+                    )
+                wanted = wanted.where(alert.c.position < place)
+            system = self._keyring.system
+            return [
+                records.decode_alert(seal.unseal_record(system, sealed, "alert", alert_id))
+                for alert_id, sealed in connection.execute(wanted)
+            ]
+
+        return await self._query(query)
+
+    async def audit(self, after: int, limit: int) -> list[dict[str, object]]:
+        """Each with `salt` (hex) and `detail` beside the chained fields; None if there is none or it was erased."""
+
+        def query(connection: Connection) -> list[dict[str, object]]:
+            columns = (audit_record.c.position, audit_record.c.chained, audit_record.c.sealed)
+            wanted = select(*columns).where(audit_record.c.position > after)
+            found: list[dict[str, object]] = []
+            for position, chained, sealed in connection.execute(wanted.order_by(audit_record.c.position).limit(limit)):
+                try:
+                    record: dict[str, object] = orjson.loads(chained)
+                except ValueError as unfit:
+                    raise DataDamaged(f"audit record {position} is not JSON", hint="restore the database") from unfit
+                record["salt"] = record["detail"] = None
+                if sealed is not None:
+                    content = seal.unseal_record(self._keyring.system, sealed, "audit", str(position))
+                    record["salt"], record["detail"] = content[:32].hex(), orjson.loads(content[32:])
+                found.append(record)
+            return found
+
+        return await self._query(query)
+
+    async def _query(self, query: Callable[[Connection], T]) -> T:
+        if self._closed:
+            raise LogUnavailable("the gallery log is closed", cause=Cause.SHUTTING_DOWN)
+
+        def run() -> T:
+            try:
+                with self._reader.begin() as connection:
+                    return query(connection)
+            except (SQLAlchemyError, OSError) as broken:
+                raise _unavailable(broken, LogUnavailable, "read") from broken
+
+        return await asyncio.get_running_loop().run_in_executor(self._readers, run)
+
+    async def close(self) -> None:
+        """Finish the writes that were accepted, then let go of the database. Repeating it changes nothing."""
+        with self._news:
+            self._closed = True
+        self._inbox.close()
+        self._tell(0, 0)
+        await asyncio.to_thread(self._let_go)
+
+    def _let_go(self) -> None:
+        if self._owner is not None:
+            self._owner.join()
+        self._readers.shutdown()
+        self._reader.dispose()
+        self._writer.dispose()
+
+
+_NEWEST = select(entry.c.sequence, entry.c.at_ms).order_by(entry.c.sequence.desc()).limit(1)
+_ENTRIES = select(
+    entry.c.sequence, entry.c.kind, entry.c.at_ms, entry.c.gallery_id, entry.c.reference_id, entry.c.subject_id,
+    entry.c.expires_at_ms, entry.c.sealed, entry.c.record,
+)  # fmt: skip
+_REFERENCES = select(
+    live.c.gallery_id, live.c.reference_id, live.c.subject_id, live.c.sequence, live.c.enrolled_at_ms,
+    live.c.expires_at_ms,
+)  # fmt: skip
+
+
+def _wake(news: asyncio.Future[None]) -> None:
+    if not news.done():
+        news.set_result(None)
+
+
+def _qualify(jobs: Sequence[Job], answers: list[Any], doomed: set[str]) -> None:
+    """A deletion whose key is still there must not be answered as done, although it is committed."""
+    for job, answer in zip(jobs, answers, strict=True):
+        if isinstance(job, AppendJob):
+            for place, write in enumerate(job.writes):
+                if (
+                    isinstance(write, DeleteGallery)
+                    and write.gallery_id in doomed
+                    and isinstance(answer[place], Receipt)
+                ):
+                    answer[place] = LogUnavailable(
+                        f"gallery {write.gallery_id} is deleted, but its key could not be destroyed yet",
+                        field="gallery_id",
+                        hint="check the keys directory; destruction is tried again with every write and at start",
+                    )
+
+
+def _is_storage(failure: BaseException) -> bool:
+    return isinstance(failure, OSError | MatcherError) or _is_operational(failure)
+
+
+def _is_operational(failure: BaseException) -> bool:
+    return isinstance(failure, OperationalError | DatabaseError) and not isinstance(
+        failure, IntegrityError | DataError | ProgrammingError
+    )
+
+
+def _translated(failure: BaseException, job: Job) -> BaseException:
+    unavailable = AuditUnavailable if isinstance(job, RecordJob) else LogUnavailable
+    if isinstance(failure, SQLAlchemyError | OSError):
+        return _unavailable(failure, unavailable, "write")
+    if isinstance(failure, MatcherError) and isinstance(job, RecordJob):
+        return AuditUnavailable(failure.detail, hint=failure.hint)
+    return failure
+
+
+def _unavailable(broken: BaseException, unavailable: type[MatcherError], verb: str) -> MatcherError:
+    return unavailable(
+        f"the gallery log cannot be {'written' if verb == 'write' else 'read'}: {_first_line(broken)}",
+        hint="check the disk; an enrolment may be repeated with its idempotency key",
+        retry_after_ms=_RETRY_AFTER_MS,
+    )
+
+
+def _first_line(broken: BaseException) -> str:
+    # The driver's own words only: SQLAlchemy's go on with the statement and its parameters.
+    return str(getattr(broken, "orig", None) or broken).splitlines()[0]

@@ -1,0 +1,100 @@
+"""The tables. `entry` is the truth; the others serve the judgement of writes, erasure and accountability.
+
+Catalogue state is not stored apart: it is the entries of the catalogue kinds, read in order. Identifiers sort as
+UTF-8 bytes. `attributes` columns hold JSON that later features may fill (source, quality, review date, reason)
+without a change of format.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import BigInteger, Column, Index, Integer, LargeBinary, MetaData, Table, Text
+
+metadata = MetaData(naming_convention={"ix": "ix_%(table_name)s_%(column_0_N_name)s", "pk": "pk_%(table_name)s"})
+
+# SQLite makes only a plain INTEGER primary key the row's own address, which keeps appends at the end of the file.
+Sequence = BigInteger().with_variant(Integer(), "sqlite")
+Name = Text().with_variant(Text(collation="C"), "postgresql")
+
+FIRST_CATALOGUE_KIND = 3
+
+entry = Table(
+    "entry",
+    metadata,
+    Column("sequence", Sequence, primary_key=True, autoincrement=False),
+    Column("kind", Integer, nullable=False),
+    Column("at_ms", BigInteger, nullable=False),
+    Column("gallery_id", Name, nullable=False),
+    Column("reference_id", Name, nullable=False),
+    Column("subject_id", Name, nullable=False),
+    Column("expires_at_ms", BigInteger, nullable=False),
+    Column("sealed", LargeBinary, comment="the sealed template of an ENROL; NULL once erased"),
+    Column("record", LargeBinary, comment="JSON of a catalogue entry"),
+    Column("attributes", LargeBinary, comment="JSON beside the entry, such as the reason of a withdrawal"),
+)
+Index(
+    "ix_entry_catalogue",
+    entry.c.sequence,
+    sqlite_where=entry.c.kind >= FIRST_CATALOGUE_KIND,
+    postgresql_where=entry.c.kind >= FIRST_CATALOGUE_KIND,
+)
+
+live = Table(
+    "live",
+    metadata,
+    Column("gallery_id", Name, primary_key=True),
+    Column("reference_id", Name, primary_key=True),
+    Column("subject_id", Name, nullable=False),
+    Column("sequence", BigInteger, nullable=False),
+    Column("enrolled_at_ms", BigInteger, nullable=False),
+    Column("expires_at_ms", BigInteger, nullable=False),
+    sqlite_with_rowid=False,
+    comment="the references that a search may return",
+)
+Index("ix_live_subject_id", live.c.subject_id)
+Index("ix_live_expires_at_ms", live.c.expires_at_ms)
+
+erasure = Table(
+    "erasure",
+    metadata,
+    Column("sequence", Sequence, primary_key=True, autoincrement=False),
+    Column("due_at_ms", BigInteger, nullable=False),
+    Column("held", LargeBinary, comment="JSON of the legal hold that pauses this erasure; NULL: none"),
+    comment="entries whose template waits to be erased; those done are taken out",
+)
+
+enrolment_key = Table(
+    "enrolment_key",
+    metadata,
+    Column("gallery_id", Name, primary_key=True),
+    Column("idempotency_key", Name, primary_key=True),
+    Column("sequence", BigInteger, nullable=False),
+    Column("at_ms", BigInteger, nullable=False),
+    sqlite_with_rowid=False,
+)
+Index("ix_enrolment_key_at_ms", enrolment_key.c.at_ms)
+
+audit_record = Table(
+    "audit_record",
+    metadata,
+    Column("position", Sequence, primary_key=True, autoincrement=False),
+    Column("chained", LargeBinary, nullable=False, comment="canonical JSON of the record and its hash"),
+    Column("hash", Text, nullable=False),
+    Column("sealed", LargeBinary, comment="salt and detail, sealed; NULL if none or erased"),
+    Column("erase_at_ms", BigInteger, comment="when salt and detail are to be erased; NULL: with the log"),
+)
+Index("ix_audit_record_erase_at_ms", audit_record.c.erase_at_ms)
+
+alert = Table(
+    "alert",
+    metadata,
+    Column("position", Sequence, primary_key=True, autoincrement=False),
+    Column("alert_id", Name, nullable=False),
+    Column("deployment_id", Name, nullable=False),
+    Column("raised_at_ms", BigInteger, nullable=False),
+    Column("erase_at_ms", BigInteger, nullable=False),
+    Column("sealed", LargeBinary, nullable=False),
+    Column("attributes", LargeBinary, comment="JSON beside the alert, such as its adjudication"),
+)
+Index("ix_alert_alert_id", alert.c.alert_id, unique=True)
+Index("ix_alert_deployment_id_position", alert.c.deployment_id, alert.c.position)
+Index("ix_alert_erase_at_ms", alert.c.erase_at_ms)

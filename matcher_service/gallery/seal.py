@@ -1,0 +1,85 @@
+"""Sealing with AES-256-GCM. Pure but for the nonces, which come from the operating system.
+
+A sealed value is a format byte, a 12-byte random nonce, the ciphertext and a 16-byte tag. The associated data of a
+template names its gallery, reference and sequence, each string with its length before it, so that no sealed bytes
+can be moved to another row, not even one whose names run together to the same text.
+
+Random 96-bit nonces: after 2^27 seals under one key two of them are equal with probability below 2^-42. A nonce
+counted from the sequence would not do: a sequence whose transaction was rolled back is given out again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from struct import pack
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from matcher_service.errors import DataDamaged
+
+FORMAT = b"\x01"
+NONCE_BYTES = 12
+OVERHEAD_BYTES = 1 + NONCE_BYTES + 16
+"""By how much a sealed value is longer than what it holds."""
+
+_TEMPLATE = b"matcher.template.1"
+
+
+def template_names(gallery_id: str, reference_id: str, sequence: int) -> bytes:
+    """Associated data of a template: injective in its three arguments."""
+    gallery, reference = gallery_id.encode(), reference_id.encode()
+    return pack(f">18sI{len(gallery)}sI{len(reference)}sQ", _TEMPLATE, len(gallery), gallery, len(reference),
+                reference, sequence)  # fmt: skip
+
+
+def record_names(what: str, name: str) -> bytes:
+    """Associated data of a sealed record of the service itself, such as an alert."""
+    kind, text = what.encode(), name.encode()
+    return pack(f">16sI{len(kind)}sI{len(text)}s", b"matcher.record.1", len(kind), kind, len(text), text)
+
+
+def nonces(count: int) -> Callable[[], bytes]:
+    """A source of `count` random nonces, drawn from the operating system at once."""
+    drawn = os.urandom(NONCE_BYTES * count)
+    places = iter(range(0, len(drawn), NONCE_BYTES))
+
+    def draw() -> bytes:
+        place = next(places)
+        return drawn[place : place + NONCE_BYTES]
+
+    return draw
+
+
+def seal(cipher: AESGCM, nonce: bytes, plain: bytes, names: bytes) -> bytes:
+    return FORMAT + nonce + cipher.encrypt(nonce, plain, names)
+
+
+def unseal(cipher: AESGCM, sealed: bytes, names: bytes) -> bytes:
+    """The sealed value. Raises InvalidTag if anything of it, or of its names, was altered."""
+    if sealed[:1] != FORMAT:
+        raise InvalidTag
+    return cipher.decrypt(sealed[1:13], sealed[13:], names)
+
+
+def unseal_template(cipher: AESGCM, sealed: bytes, gallery_id: str, reference_id: str, sequence: int) -> bytes:
+    """The template of one row. Raises DataDamaged naming the row if it fails its authentication."""
+    try:
+        return unseal(cipher, sealed, template_names(gallery_id, reference_id, sequence))
+    except (InvalidTag, ValueError) as unfit:
+        raise DataDamaged(
+            f"the template of gallery {gallery_id}, reference {reference_id}, sequence {sequence} "
+            "fails its authentication",
+            hint="restore the database from a backup, or withdraw the reference and enrol it again",
+        ) from unfit
+
+
+def unseal_record(cipher: AESGCM, sealed: bytes, what: str, name: str) -> bytes:
+    """The content of a sealed record. Raises DataDamaged naming it if it fails its authentication."""
+    try:
+        return unseal(cipher, sealed, record_names(what, name))
+    except (InvalidTag, ValueError) as unfit:
+        raise DataDamaged(
+            f"{what} {name} fails its authentication", hint="restore the database from a backup"
+        ) from unfit

@@ -1,0 +1,60 @@
+"""What the catalogue entries of the log add up to, as far as writes are judged by it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sqlalchemy import Connection, select
+
+from matcher_service.gallery import records
+from matcher_service.gallery.schema import FIRST_CATALOGUE_KIND, entry
+from matcher_service.terms import EntryKind, Gallery, SpaceId, TemplateSpace
+
+
+@dataclass(slots=True)
+class CatalogueState:
+    """`spaces` carries with each space the sequence that registered it; `deployments` and `cases` say of each id
+    whether it has ended. `sequence` is the newest catalogue entry applied."""
+
+    sequence: int = 0
+    spaces: dict[SpaceId, tuple[TemplateSpace, int]] = field(default_factory=dict)
+    galleries: dict[str, Gallery] = field(default_factory=dict)
+    deleted: set[str] = field(default_factory=set)
+    deployments: dict[str, bool] = field(default_factory=dict)
+    cases: dict[str, bool] = field(default_factory=dict)
+
+    def apply(self, sequence: int, kind: EntryKind, record: bytes) -> None:
+        match kind:
+            case EntryKind.SPACE_REGISTERED:
+                space = records.decode_space(record)
+                self.spaces[space.id] = (space, sequence)
+            case EntryKind.GALLERY_CREATED:
+                gallery = records.decode_gallery(record)
+                self.galleries[gallery.gallery_id] = gallery
+            case EntryKind.GALLERY_DELETED:
+                gallery_id, _ = records.decode_ended(record)
+                self.galleries.pop(gallery_id, None)
+                self.deleted.add(gallery_id)
+            case EntryKind.DEPLOYMENT_CREATED:
+                deployment = records.decode_deployment(record)
+                self.deployments[deployment.deployment_id] = deployment.ended_at_ms is not None
+            case EntryKind.DEPLOYMENT_ENDED:
+                self.deployments[records.decode_ended(record)[0]] = True
+            case EntryKind.CASE_CREATED:
+                case = records.decode_case(record)
+                self.cases[case.case_reference] = case.ended_at_ms is not None
+            case EntryKind.CASE_ENDED:
+                self.cases[records.decode_ended(record)[0]] = True
+            case EntryKind.ENROL | EntryKind.WITHDRAW:
+                return
+        self.sequence = sequence
+
+    def catch_up(self, connection: Connection) -> None:
+        """Apply what was committed beyond `sequence`."""
+        newer = (
+            select(entry.c.sequence, entry.c.kind, entry.c.record)
+            .where(entry.c.kind >= FIRST_CATALOGUE_KIND, entry.c.sequence > self.sequence)
+            .order_by(entry.c.sequence)
+        )
+        for sequence, kind, record in connection.execute(newer).all():
+            self.apply(sequence, EntryKind(kind), record or b"")
