@@ -102,7 +102,25 @@ class Engine:
         self._changed = False
         self._view = View(0, {})
 
+    def restore(self, sequence: int, galleries: Mapping[str, GalleryState], damaged: Mapping[str, int]) -> None:
+        """Start from what files held as of `sequence`; once, before anything else.
+
+        `damaged` gives the dimension of each gallery whose files were not good. If there are any, replay begins
+        at 0 and only their entries count until `sequence` is reached again; searches name them as missing.
+        """
+        with self._writing:
+            self._states = dict(galleries)
+            for gallery_id, dimension in damaged.items():
+                self._states[gallery_id] = GalleryState(dimension, rebuilding=True)
+            self._restored_sequence = sequence
+            self._publish(self._states, 0 if damaged else sequence)
+
     # --- reading -----------------------------------------------------------------------------------
+
+    @property
+    def changed(self) -> bool:
+        """Whether a snapshot would differ from the last one taken."""
+        return self._changed
 
     @property
     def sequence(self) -> int:
@@ -341,6 +359,12 @@ class Engine:
                 gallery_id: (state.dimension, tuple(state.segments)) for gallery_id, state in self._states.items()
             }
             return Snapshot(self._view.sequence, galleries, erased)
+
+    def snapshot_failed(self, snapshot: Snapshot) -> None:
+        """The files could not be written: what was to be reported as erased is still in them."""
+        with self._writing:
+            self._erased[:0] = snapshot.erased
+            self._changed = True
 
 
 def _append(tail: Tail, references: list[bytes], entries: list[LogEntry]) -> None:

@@ -20,9 +20,11 @@ import structlog
 
 from matcher_service.errors import ShuttingDown
 from matcher_service.index.compaction import CompactionBudget
+from matcher_service.index.disk import Disk
 from matcher_service.index.engine import Engine, Erased
-from matcher_service.index.flat import FlatScanner
 from matcher_service.index.memory import budget_bytes
+from matcher_service.index.scanners import FlatScanners, Scanners
+from matcher_service.index.snapshots import Key, Snapshots
 from matcher_service.records import decode_gallery
 from matcher_service.seams import Clock
 from matcher_service.settings import IndexSettings
@@ -33,10 +35,12 @@ ERASE_WITHIN_S = 3600.0
 SEARCHES_AT_ONCE = 2
 # Without a new entry for this long, segments are joined more eagerly.
 QUIET_S = 2.0
+# The files are written anew after so many entries, or so long after the first change.
+SNAPSHOT_ENTRIES = 131_072
+SNAPSHOT_S = 60.0
 _BACKGROUND_NICENESS = 10
 
 T = TypeVar("T")
-Key = Callable[[str], bytes | None]
 
 _log = structlog.get_logger(__name__)
 
@@ -55,14 +59,19 @@ class Upkeep:
 
 
 class LocalShard:
-    """A ReplayedShard over the index engine. Made by `open`."""
+    """A ReplayedShard over the index engine. Made by `open`; upkeep is one call of `maintain` after another."""
 
-    def __init__(self, engine: Engine, settings: IndexSettings, clock: Clock, erase_within_s: float) -> None:
+    def __init__(
+        self, engine: Engine, snapshots: Snapshots, settings: IndexSettings, clock: Clock, erase_within_s: float
+    ) -> None:
         self._engine = engine
+        self._snapshots = snapshots
         self._clock = clock
         # Half the time is left for the rounds of other galleries and for writing the files anew.
         self._budget = CompactionBudget(settings.segment_rows_max, int(erase_within_s * 1000 / 2))
         self._applied_at = clock.monotonic()
+        self._snapshot_at = clock.monotonic()
+        self._snapshot_sequence = engine.sequence
         self._closed = False
         threads = settings.threads or len(os.sched_getaffinity(0))
 
@@ -87,18 +96,25 @@ class LocalShard:
         clock: Clock,
         *,
         erase_within_s: float = ERASE_WITHIN_S,
+        scanners: Scanners | None = None,
     ) -> LocalShard:
-        """Open the segment files of `directory`, made if need be; what they lack comes by replay.
+        """Open the segment files of `directory`, made if need be; what they lack comes by replay, beginning
+        behind `applied_sequence`.
 
-        `key` gives the 32-byte key of a gallery; None, or NotFound raised, where it was destroyed.
+        `key` gives the 32-byte key of a gallery; None, or NotFound raised, where it was destroyed. Rows that
+        ended leave memory and files within `erase_within_s`. Raises StartRefused if a newer release wrote them.
         """
+        opened = scanners or FlatScanners()
+        snapshots = Snapshots(Disk(directory), key, opened)
         engine = Engine(
-            build=FlatScanner,
+            build=opened.build,
             dimension_of=_dimension_of,
             segment_rows_max=settings.segment_rows_max,
             memory_bytes_max=budget_bytes(settings.memory_bytes_max),
         )
-        return cls(engine, settings, clock, erase_within_s)
+        restored = await asyncio.to_thread(snapshots.restore)
+        engine.restore(restored.sequence, restored.galleries, restored.damaged)
+        return cls(engine, snapshots, settings, clock, erase_within_s)
 
     @property
     def applied_sequence(self) -> int:
@@ -120,9 +136,31 @@ class LocalShard:
         return await self._run(self._tending, self._tend)
 
     def _tend(self) -> Upkeep:
-        quiet = self._clock.monotonic() - self._applied_at > QUIET_S
-        more = self._engine.rewrite_one(self._budget, self._clock.wall_ms(), quiet=quiet)
-        return Upkeep(more, (), self._clock.wall_ms())
+        now = self._clock.monotonic()
+        more = self._engine.rewrite_one(self._budget, self._clock.wall_ms(), quiet=now - self._applied_at > QUIET_S)
+        entries = self._engine.sequence - self._snapshot_sequence
+        due = entries >= SNAPSHOT_ENTRIES or now - self._snapshot_at >= SNAPSHOT_S
+        erased: tuple[Erased, ...] = ()
+        if due and self._engine.changed:
+            self._snapshot_at = now
+            try:
+                erased = self._write_files()
+            except OSError as error:
+                # The log is the truth: nothing is lost, but a restart replays more and erasure waits.
+                _log.error("index_files_not_written", detail=str(error), hint="free space in the data directory")
+        return Upkeep(more, erased, self._clock.wall_ms())
+
+    def _write_files(self) -> tuple[Erased, ...]:
+        snapshot = self._engine.snapshot()
+        if snapshot is None:
+            return ()
+        try:
+            self._snapshots.write(snapshot)
+        except BaseException:
+            self._engine.snapshot_failed(snapshot)
+            raise
+        self._snapshot_sequence = snapshot.sequence
+        return snapshot.erased
 
     async def _run(self, pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
         if self._closed:
@@ -134,8 +172,11 @@ class LocalShard:
         if self._closed:
             return
         self._closed = True
-        for pool in (self._searching, self._applying, self._tending):
-            await asyncio.to_thread(pool.shutdown)
+        await asyncio.to_thread(self._searching.shutdown)
+        await asyncio.to_thread(self._applying.shutdown)
+        if self._engine.changed:
+            await asyncio.get_running_loop().run_in_executor(self._tending, self._write_files)
+        await asyncio.to_thread(self._tending.shutdown)
 
 
 def _dimension_of(entry: LogEntry) -> int:
