@@ -59,6 +59,8 @@ RETRYABLE_PROBE_CAUSES = frozenset({Cause.OVERLOADED, Cause.SHUTTING_DOWN})
 # Sending a reference again is safe whatever became of the first try: its key makes it the same wish.
 RETRYABLE_REFERENCE_CAUSES = frozenset({Cause.OVERLOADED, Cause.SHUTTING_DOWN, Cause.LOG_UNAVAILABLE})
 MESSAGE_BYTES_MAX = 8 * 1024 * 1024
+# The most that a service accepts by default; a longer deadline of the client's is tried again after it.
+DEADLINE_MS_MAX = 60_000
 
 
 class Unreachable(ServiceFault):
@@ -209,7 +211,9 @@ class ProbeAnswer(NamedTuple):
         if self.decision.outcome not in (Outcome.REJECTED, Outcome.INCOMPLETE):
             return None
         decision = self.decision
-        return error_for(decision.cause, decision.detail, decision.field, decision.retry_after_ms or None)
+        # One text field holds both on the wire; the hint follows the first semicolon.
+        detail, _, hint = decision.detail.partition("; ")
+        return error_for(decision.cause, detail, decision.field, decision.retry_after_ms or None, hint)
 
 
 class ReferenceReceipt(NamedTuple):
@@ -495,6 +499,9 @@ class MatcherClient:
             ("grpc.min_reconnect_backoff_ms", 1000),
             ("grpc.max_reconnect_backoff_ms", 2000),
             ("grpc.enable_http_proxy", 0),
+            # Finds a peer that vanished without a word while a stream is open.
+            ("grpc.keepalive_time_ms", 20_000),
+            ("grpc.keepalive_timeout_ms", 10_000),
         ]
         tls = self._tls
         if tls is None:
@@ -570,7 +577,7 @@ class _Identify:
             threshold=question.threshold,
             rank_max=question.rank_max,
             min_sequence=question.min_sequence,
-            deadline_ms=max(1, round(remaining_s * 1000)),
+            deadline_ms=min(DEADLINE_MS_MAX, max(1, round(remaining_s * 1000))),
             message_id=wire_id,
             traceparent=question.traceparent,
         )
@@ -597,11 +604,14 @@ class _Identify:
         for wire in reply.decisions:
             decision = decision_value(wire)
             again = decision.outcome is Outcome.REJECTED and decision.cause in RETRYABLE_PROBE_CAUSES
-            yield RowAnswer(
-                row_of.get(decision.probe_id, -1),
-                ProbeAnswer(decision, *common),
-                decision.retry_after_ms if again else None,
-            )
+            retry_after_ms = decision.retry_after_ms if again else None
+            if not decision.probe_id:
+                # The refusal of a message as a whole, whose probes the service did not tell apart.
+                for probe_id, row in row_of.items():
+                    yield RowAnswer(row, ProbeAnswer(decision._replace(probe_id=probe_id), *common), retry_after_ms)
+            else:
+                row = row_of.get(decision.probe_id, -1)
+                yield RowAnswer(row, ProbeAnswer(decision, *common), retry_after_ms)
 
     def refusal(self, question: Probes, row: int, error: MatcherError, elapsed_s: float) -> ProbeAnswer:
         decision = Decision(
@@ -811,13 +821,16 @@ _CAUSE_OF_STATUS: dict[grpc.StatusCode, Cause] = {
 }
 
 
-def error_for(cause: str, detail: str, field: str = "", retry_after_ms: int | None = None) -> MatcherError:
+def error_for(
+    cause: str, detail: str, field: str = "", retry_after_ms: int | None = None, hint: str = ""
+) -> MatcherError:
     """The error of a cause as it crossed the wire; an unknown cause is a ServiceFault that quotes it."""
     try:
         known = Cause(cause)
     except ValueError:
-        return ServiceFault(f"{cause or 'no cause given'}: {detail}", field=field, retry_after_ms=retry_after_ms)
-    return _ERROR_OF_CAUSE[known](detail, field=field, cause=known, retry_after_ms=retry_after_ms)
+        told = f"{cause or 'no cause given'}: {detail}"
+        return ServiceFault(told, field=field, retry_after_ms=retry_after_ms, hint=hint)
+    return _ERROR_OF_CAUSE[known](detail, field=field, cause=known, retry_after_ms=retry_after_ms, hint=hint)
 
 
 def error_of(broken: grpc.aio.AioRpcError) -> MatcherError:
@@ -860,6 +873,6 @@ def _error_in_details(packed: bytes, detail: str) -> MatcherError | None:
             retry_after_ms = retry.retry_delay.ToMilliseconds()
     if not cause:
         return None
-    error = error_for(cause, detail, field_name, retry_after_ms)
-    error.hint = hint
-    return error
+    # The status message is for readers of raw gRPC and repeats what the details say in parts.
+    detail = detail.removeprefix(f"{field_name}: ").removesuffix(f" ({hint})")
+    return error_for(cause, detail, field_name, retry_after_ms, hint)
