@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from matcher_service.terms import Float32, Float64, Int64
 
+_HALF_BITS = np.uint32(0x8FFFE000).view(np.int32)
+_HALF_BIAS = np.float32(2.0**112)
 _BLOCK_ELEMENTS = 1 << 18  # float64 products held at once: 2 MiB, so that they stay in the cache
 
 
@@ -38,6 +40,57 @@ def exact_scores(stored: NDArray[np.float16], probe: Float32) -> Float32:
 def exact_scores_of(stored: NDArray[np.float16], rows: Int64, probe: Float32) -> Float32:
     """Scores float32 [m] of one probe against the rows numbered `rows`, int64 [m]."""
     return exact_scores(np.take(stored, rows, axis=0), probe)
+
+
+def pair_scores(stored: NDArray[np.float16], rows: Int64, probes: Float32, which: Int64) -> Float32:
+    """Scores float32 [m] of pairs: row `rows[i]` and probe `which[i]`, int64 [m] each."""
+    scores = np.empty(rows.size, np.float32)
+    step = max(1, _BLOCK_ELEMENTS // max(1, stored.shape[1]))
+    for start in range(0, rows.size, step):
+        here = slice(start, start + step)
+        products = np.take(stored, rows[here], axis=0).astype(np.float32).astype(np.float64)
+        products *= probes[which[here]]
+        scores[here] = np.add.reduce(products, axis=-1)
+    return scores
+
+
+def widen(halves: NDArray[np.float16], out: Float32) -> Float32:
+    """Finite float16 values as float32, into `out` of the same shape; several times faster than `astype`.
+
+    Sign, exponent and mantissa are moved to their places in float32 and the exponent's bias is corrected by
+    a multiplication, which is exact and also serves zeros and subnormal numbers.
+    """
+    bits = out.view(np.int32)
+    np.copyto(bits, halves.view(np.int16))
+    np.left_shift(bits, 13, out=bits)
+    np.bitwise_and(bits, _HALF_BITS, out=bits)
+    return np.multiply(out, _HALF_BIAS, out=out)
+
+
+def pair_products(stored: NDArray[np.float16], rows: Int64, probes: Float32, which: Int64) -> Float32:
+    """Float32 products [m] of pairs, within `float32_margin` of their scores; in this thread alone.
+
+    `which` int64 [m] is in runs of equal numbers, best long ones.
+    """
+    products = np.empty(rows.size, np.float32)
+    if not rows.size:
+        return products
+    step = max(1, (_BLOCK_ELEMENTS // 2) // stored.shape[1])
+    halves = np.empty((step, stored.shape[1]), np.float16)
+    wide = np.empty((step, stored.shape[1]), np.float32)
+    for start in range(0, rows.size, step):
+        here = slice(start, min(start + step, rows.size))
+        size = here.stop - here.start
+        np.take(stored, rows[here], axis=0, out=halves[:size], mode="clip")
+        widen(halves[:size], wide[:size])
+        mine = which[here]
+        begins = np.flatnonzero(np.diff(mine)) + 1
+        if begins.size * 8 < size:
+            for first, last in zip([0, *begins], [*begins, size], strict=True):
+                np.einsum("ij,j->i", wide[first:last], probes[mine[first]], out=products[start + first : start + last])
+        else:
+            np.einsum("ij,ij->i", wide[:size], probes[mine], out=products[here])
+    return products
 
 
 def norms(rows: NDArray[np.floating]) -> Float64:

@@ -1,0 +1,349 @@
+"""The exact CPU scanner: fast-scan codes say which rows could reach the floor, exact scores decide.
+
+A scan has three steps, the first two for each part of the codes and slice of the probes, on all threads:
+1. the codes give every row whose estimate is at or above its cut-off (`certificate.py`);
+2. a float32 product drops those that are below the floor by more than that product's rounding;
+3. the rest are scored exactly.
+A probe that the law cannot serve, or for which a full scan is cheaper, is scanned in full. Which codes serve a
+floor, or none, is `choose.py`'s to say; no choice changes an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from matcher_service.errors import DataDamaged
+from matcher_service.index import certificate, choose
+from matcher_service.index.codes import Codes, CodesBuilder, blocks_for, packed_size
+from matcher_service.index.flat import FlatScanner, best_flat, gather, scan_flat
+from matcher_service.index.rotation import draw_rotation, rotate
+from matcher_service.index.scanner import Hits, Scanner
+from matcher_service.index.score import float32_margin, norms, pair_products, pair_scores
+from matcher_service.terms import Float32, Float64, Int64
+
+FORMAT = 1
+_ALWAYS_ROWS = 64  # rows with the lowest cut-offs, re-scored for every probe
+_ODD_NORM = 1e-3  # a stored row whose norm is off one by more is re-scored always
+_ENCODE_ROWS = 8192
+_SLICE_PROBES = 32  # times a part's rows, and 48 bytes each, bounds what one range search can hold
+_PART_SHARE_MAX = 0.1  # of a part's rows: a probe that takes more of them is scanned in full
+
+
+class Near(NamedTuple):
+    """Pairs of a probe and a row whose float32 product is not below the floor; and the probes given up."""
+
+    probes: Int64
+    rows: Int64
+    crowded: Int64
+
+
+class FastScanScanner:
+    """An exact scanner over `stored`, float16 [n, d] in C order, kept and not copied.
+
+    Build it with `build_fastscan`, or from a saved `state`. `executor` runs the parts of a scan side by side
+    (None: in the caller's thread); each of its threads must have called `one_thread`.
+    """
+
+    def __init__(
+        self, stored: NDArray[np.float16], state: Mapping[str, NDArray[Any]], executor: Executor | None = None
+    ) -> None:
+        self.rows, self._dimension = int(stored.shape[0]), int(stored.shape[1])
+        self._stored = stored
+        self._state = {name: state[name] for name in ("rotation", "always", "norms", "cosines")}
+        self._rotation: Float32 = np.asarray(state["rotation"], np.float32)
+        self._always: Int64 = np.asarray(state["always"], np.int64)
+        self._norm_max, self._coded_norm_max = (float(norm) for norm in state["norms"])
+        self._cosines: Float64 = np.asarray(state["cosines"], np.float64)
+        self._codes = {
+            int(block): Codes.from_state(
+                self._dimension,
+                int(block),
+                {name.partition("/")[2]: value for name, value in state.items() if name.startswith(f"{block}/")},
+            )
+            for block in state["blocks"]
+        }
+        self._tail = certificate.tail(self._dimension)
+        self._executor = executor
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Everything beside the stored rows, as named arrays. The rotation is secret and the codes are
+        biometric data: seal them."""
+        blocks = {
+            f"{block}/{name}": value for block, codes in self._codes.items() for name, value in codes.state().items()
+        }
+        return {
+            "format": np.array([FORMAT]),
+            "blocks": np.array(sorted(self._codes, reverse=True), np.int64),
+            **self._state,
+            **blocks,
+        }
+
+    def bytes_in_memory(self) -> int:
+        return int(
+            self._stored.nbytes + self._rotation.nbytes + sum(codes.bytes_in_memory() for codes in self._codes.values())
+        )
+
+    def scan(self, probes: Float32, floors: Float32) -> Hits:
+        count = len(probes)
+        probe_norms = norms(probes)
+        usable = certificate.usable(floors, probe_norms)
+        plans = self.plan(floors, usable)
+        certified = np.zeros(count, np.bool_)
+        found: list[Near] = []
+        for block in sorted({block for block in plans if block}, reverse=True):
+            mine = np.flatnonzero(plans == block)
+            near, served = self._filter(self._codes[block], probes, floors, probe_norms, mine)
+            certified[mine[served]] = True
+            found.extend(near)
+        probe, row, score = self._exact(found, certified, probes, floors)
+        whole = np.flatnonzero(~certified)
+        if whole.size:
+            flat = scan_flat(self._stored, self._norm_max, probes[whole], floors[whole])
+            probe = np.concatenate([probe, np.repeat(whole, [one.rows.size for one in flat])])
+            row = np.concatenate([row, *[one.rows for one in flat]])
+            score = np.concatenate([score, *[one.scores for one in flat]])
+        by_probe = np.argsort(probe, kind="stable")
+        offsets = np.zeros(count + 1, np.int64)
+        np.cumsum(np.bincount(probe, minlength=count), out=offsets[1:])
+        return Hits(offsets, row[by_probe], score[by_probe], certified)
+
+    def guess(self, probes: Float32, count: int) -> Hits:
+        wanted = min(count, self.rows)
+        if wanted <= 0 or not self._codes:
+            return gather(best_flat(self._stored, probes, count), np.zeros(len(probes), np.bool_))
+        codes = self._codes[max(self._codes)]
+        rotated = rotate(probes, self._rotation)
+        taken = max(16, 4 * wanted)
+        rows = np.concatenate(
+            [part for part in self._run([_best(codes, number, rotated, taken) for number in range(codes.parts)])]
+            + [np.broadcast_to(self._always, (len(probes), self._always.size))],
+            axis=1,
+        )
+        which = np.repeat(np.arange(len(probes)), rows.shape[1])
+        flat = rows.ravel()
+        products = pair_products(self._stored, np.maximum(flat, 0), probes, which)
+        products[flat < 0] = -np.inf
+        products = products.reshape(rows.shape)
+        if rows.shape[1] > wanted:
+            best = np.argpartition(-products, wanted - 1, axis=1)[:, :wanted]
+        else:
+            best = np.broadcast_to(np.arange(rows.shape[1]), rows.shape)
+        chosen = np.take_along_axis(rows, best, axis=1)
+        real = chosen >= 0
+        which = np.repeat(np.arange(len(probes)), real.sum(axis=1))
+        offsets = np.zeros(len(probes) + 1, np.int64)
+        np.cumsum(real.sum(axis=1), out=offsets[1:])
+        return Hits(
+            offsets,
+            chosen[real],
+            pair_scores(self._stored, chosen[real], probes, which),
+            np.zeros(len(probes), np.bool_),
+        )
+
+    def plan(self, floors: Float32, usable: NDArray[np.bool_]) -> Int64:
+        """The block of the codes that serve each probe, int64 [n]; 0: scan in full."""
+        if not self._codes or not usable.any():
+            return np.zeros(len(floors), np.int64)
+        return choose.plan(
+            floors,
+            usable,
+            self._dimension,
+            self._cosines,
+            {block: choose.Rate(codes.tables, *codes.typical[:2]) for block, codes in self._codes.items()},
+            self._tail,
+        )
+
+    def _filter(
+        self, codes: Codes, probes: Float32, floors: Float32, probe_norms: Float64, mine: Int64
+    ) -> tuple[list[Near], NDArray[np.bool_]]:
+        """Of the probes numbered `mine`: their near rows, and which of them the law served, bool [len(mine)]."""
+        some, some_norms = probes[mine], probe_norms[mine]
+        rotated = rotate(some, self._rotation)
+        cut_offs, floor_of_tables = self._cut_offs(codes, floors[mine], some_norms, rotated)
+        served = cut_offs.min(axis=0, initial=np.inf) > np.maximum(floor_of_tables, 1e-3)
+        margins = (floors[mine] - float32_margin(self._dimension, self._norm_max, some_norms)).astype(np.float32)
+        tasks: list[Callable[[], Near]] = []
+        kept = np.flatnonzero(served)
+        for start in range(0, kept.size, _SLICE_PROBES):
+            slice_ = kept[start : start + _SLICE_PROBES]
+            for part in range(codes.parts):
+                scaled = (rotated[slice_] / cut_offs[part, slice_, None]).astype(np.float32)
+                tasks.append(_near(codes, part, scaled, self._stored, probes, mine[slice_], margins[slice_]))
+        if self._always.size and kept.size:
+            tasks.append(self._listed(probes, mine[kept], margins[kept]))
+        near = list(self._run(tasks))
+        crowded = np.unique(np.concatenate([one.crowded for one in near])) if near else np.empty(0, np.int64)
+        served &= ~np.isin(mine, crowded)
+        return near, served
+
+    def _cut_offs(
+        self, codes: Codes, floors: Float32, probe_norms: Float64, rotated: Float32
+    ) -> tuple[Float64, Float64]:
+        """The range search's radius per part and probe, float64 [p, n], and the least radius that the kernel
+        can take for each probe, float64 [n]."""
+        cosines = floors * (1 - 2.0**-22) / (self._coded_norm_max * probe_norms)
+        span, least, magnitude = certificate.tables(rotated, codes.centroids)
+        reach = float(codes.typical[2])
+        error = certificate.table_error(span, magnitude, codes.tables)
+        error += reach * probe_norms * (certificate.rotation_error(self._dimension) + 2.0**-22)
+        return certificate.cut_offs(codes.supports, cosines) * probe_norms - error, least + span / 32
+
+    def _listed(self, probes: Float32, mine: Int64, margins: Float32) -> Callable[[], Near]:
+        def task() -> Near:
+            products = np.einsum("ij,kj->ik", probes[mine], self._stored[self._always].astype(np.float32))
+            probe, row = np.nonzero(~(products < margins[:, None]))
+            return Near(mine[probe], self._always[row], np.empty(0, np.int64))
+
+        return task
+
+    def _exact(
+        self, found: list[Near], certified: NDArray[np.bool_], probes: Float32, floors: Float32
+    ) -> tuple[Int64, Int64, Float32]:
+        """The pairs that reach the floor, of the certified probes."""
+        probe = np.concatenate([one.probes for one in found] or [np.empty(0, np.int64)])
+        row = np.concatenate([one.rows for one in found] or [np.empty(0, np.int64)])
+        kept = certified[probe]
+        probe, row = probe[kept], row[kept]
+        score = pair_scores(self._stored, row, probes, probe)
+        kept = score >= floors[probe]
+        return probe[kept], row[kept], score[kept]
+
+    def _run(self, tasks: list[Callable[[], Any]]) -> Iterable[Any]:
+        """Runs the tasks, the last in this thread; in their order."""
+        if self._executor is None or len(tasks) < 2:
+            return [task() for task in tasks]
+        others = [self._executor.submit(task) for task in tasks[:-1]]
+        last = tasks[-1]()
+        return [*(other.result() for other in others), last]
+
+
+class FastScanScanners:
+    """Makes fast-scan scanners of segments large enough for a filter, flat ones of others; and turns them into
+    arrays and back. `threads` scan side by side; `close` ends them."""
+
+    def __init__(self, threads: int = 1) -> None:
+        self._executor = (
+            ThreadPoolExecutor(threads, thread_name_prefix="scan", initializer=one_thread) if threads > 1 else None
+        )
+
+    def build(self, stored: NDArray[np.float16]) -> Scanner:
+        if not choose.worth_codes(*stored.shape):
+            return FlatScanner(stored)
+        return build_fastscan(stored, executor=self._executor)
+
+    def arrays(self, scanner: Scanner) -> Mapping[str, NDArray[Any]]:
+        return scanner.state() if isinstance(scanner, FastScanScanner) else {}
+
+    def load(self, stored: NDArray[np.float16], arrays: Mapping[str, NDArray[Any]]) -> Scanner:
+        if not arrays:
+            return FlatScanner(stored)
+        check(stored, arrays)
+        return FastScanScanner(stored, arrays, self._executor)
+
+    def close(self) -> None:
+        if self._executor is not None:
+            self._executor.shutdown()
+
+
+def check(stored: NDArray[np.float16], state: Mapping[str, NDArray[Any]]) -> None:
+    """Raises DataDamaged unless `state` can be that of a scanner over `stored`: every row must be in each of
+    the codes or in the list of rows that are always re-scored, once."""
+    rows, dimension = stored.shape
+    try:
+        found = int(state["format"][0])
+        if found != FORMAT:
+            raise DataDamaged(f"codes of format {found}, not {FORMAT}", hint="the segment is rebuilt from the log")
+        if state["rotation"].shape != (dimension, dimension):
+            raise DataDamaged("the rotation is not that of these rows", hint="the segment is rebuilt from the log")
+        for block in state["blocks"]:
+            order, bounds = state[f"{block}/order"], state[f"{block}/bounds"]
+            every = np.bincount(np.concatenate([order.astype(np.int64), state["always"]]), minlength=rows)
+            whole = every.size == rows and bool((every == 1).all())
+            if not whole or int(bounds[-1]) != order.size or int(block) not in blocks_for(dimension):
+                raise DataDamaged("the codes are not those of these rows", hint="the segment is rebuilt from the log")
+            if state[f"{block}/packed"].size != packed_size(bounds, dimension // int(block)):
+                raise DataDamaged("codes are missing", hint="the segment is rebuilt from the log")
+    except (KeyError, IndexError, ValueError, TypeError) as wrong:
+        raise DataDamaged("the codes make no sense", hint="the segment is rebuilt from the log") from wrong
+
+
+def one_thread() -> None:
+    """To be called in every thread of a scanner's executor: the scan itself keeps them busy."""
+    faiss.omp_set_num_threads(1)
+
+
+def build_fastscan(
+    stored: NDArray[np.float16],
+    blocks: tuple[int, ...] | None = None,
+    executor: Executor | None = None,
+    entropy: int | None = None,
+) -> FastScanScanner:
+    """A scanner over `stored`, float16 [n, d] in C order, with a rotation of its own.
+
+    `blocks`: the rates to encode at, as coordinates for each 4-bit code (None: those that pay for the
+    dimension). `entropy` is for tests; leave it None, so that the rotation comes from the operating system.
+    """
+    rows, dimension = stored.shape
+    chosen = choose.blocks(dimension) if blocks is None else tuple(blocks)
+    unknown = set(chosen) - set(blocks_for(dimension))
+    if unknown:
+        raise ValueError(f"no codes of {sorted(unknown)} coordinates in {dimension} dimensions")
+    rotation = draw_rotation(dimension, entropy)
+    row_norms = norms(stored)
+    odd = np.flatnonzero(~(np.abs(row_norms - 1.0) <= _ODD_NORM))
+    builders = {block: CodesBuilder(dimension, block) for block in chosen}
+    for start in range(0, rows, _ENCODE_ROWS):
+        here = slice(start, start + _ENCODE_ROWS)
+        rotated = stored[here].astype(np.float32) @ rotation.T
+        for builder in builders.values():
+            builder.add(rotated, np.maximum(row_norms[here], 1e-6))
+    if odd.size > max(_ALWAYS_ROWS, rows // 1000) or rows == 0:
+        builders, odd = {}, np.empty(0, np.int64)  # not unit vectors: nothing to be gained from a filter
+    always = np.unique(
+        np.concatenate([odd, *(builder.worst(min(_ALWAYS_ROWS, rows // 256)) for builder in builders.values())])
+    ).astype(np.int64)
+    coded = np.delete(row_norms, always)
+    state: dict[str, NDArray[Any]] = {
+        "blocks": np.array(sorted(builders, reverse=True), np.int64),
+        "rotation": rotation,
+        "always": always,
+        "norms": np.array([row_norms.max(initial=0.0), coded.max(initial=0.0)]),
+        "cosines": choose.sample_cosines(stored),
+    }
+    for block, builder in builders.items():
+        state |= {f"{block}/{name}": value for name, value in builder.finish(always).items()}
+    return FastScanScanner(stored, state, executor)
+
+
+def _best(codes: Codes, part: int, rotated: Float32, count: int) -> Callable[[], Int64]:
+    return lambda: codes.best(part, rotated, count)
+
+
+def _near(
+    codes: Codes,
+    part: int,
+    scaled: Float32,
+    stored: NDArray[np.float16],
+    probes: Float32,
+    mine: Int64,
+    margins: Float32,
+) -> Callable[[], Near]:
+    def task() -> Near:
+        offsets, rows = codes.near(part, scaled)
+        sizes = np.diff(offsets)
+        many = sizes > max(1000, _PART_SHARE_MAX * (codes.bounds[part + 1] - codes.bounds[part]))
+        which = np.repeat(np.arange(mine.size), sizes)
+        if many.any():
+            kept = ~many[which]
+            which, rows = which[kept], rows[kept]
+        products = pair_products(stored, rows, probes, mine[which])
+        reached = ~(products < margins[which])
+        return Near(mine[which[reached]], rows[reached], mine[many])
+
+    return task

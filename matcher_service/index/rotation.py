@@ -1,0 +1,70 @@
+"""The secret rotation of a segment and the codebook that every rotated segment shares.
+
+The rotation is drawn from the Haar measure: the QR decomposition of a Gaussian matrix with the signs of R's
+diagonal moved into Q (Mezzadri, How to generate random matrices from the classical compact groups, Notices of
+the AMS 54, 2007). Its generator is seeded by the operating system. It is kept secret and is never drawn again
+because of a result: the error law of the filter (`certificate.py`) rests on its independence from the probes.
+
+A coordinate block of a rotated unit vector has the same distribution in every gallery and at every place: close
+to a Gaussian of variance 1/d. So one codebook, trained once on random unit vectors, fits them all.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from matcher_service.terms import Float32
+
+CENTROIDS = 16  # 4-bit codes
+_SAMPLES = 32_768
+_ROUNDS_MAX = 60
+
+
+def draw_rotation(dimension: int, entropy: int | None = None) -> Float32:
+    """A Haar rotation, float32 [d, d]; rows y of rotated vectors are x @ rotation.T.
+
+    `entropy` None: from the operating system, as every segment must have it. A number is for tests.
+    """
+    source = np.random.default_rng(entropy)
+    q, r = np.linalg.qr(source.standard_normal((dimension, dimension)))
+    diagonal = np.diag(r)
+    return np.ascontiguousarray(q * np.where(diagonal < 0, -1.0, 1.0), np.float32)
+
+
+def rotate(probes: Float32, rotation: Float32) -> Float32:
+    """R q for each probe, float32 [n, d], in this thread alone: BLAS would wake threads of its own, which then
+    compete with those of the scan."""
+    rotated = np.empty_like(probes)
+    dimension = probes.shape[1]
+    for probe, out in zip(probes, rotated, strict=True):
+        faiss.fvec_inner_products_ny(  # type: ignore[attr-defined]
+            faiss.swig_ptr(out), faiss.swig_ptr(probe), faiss.swig_ptr(rotation), dimension, dimension
+        )
+    return rotated
+
+
+@lru_cache(maxsize=64)
+def codebook(dimension: int, block: int) -> Float32:
+    """Centroids float32 [16, block] for the blocks of `block` coordinates of random unit vectors in
+    `dimension` dimensions, by Lloyd's algorithm on a fixed sample. Read-only: it is shared."""
+    source = np.random.default_rng(20_250_101 + 1000 * dimension + block)
+    points = source.standard_normal((_SAMPLES, block)) / np.sqrt(dimension)
+    centroids = points[:CENTROIDS].copy()
+    nearest: NDArray[np.intp] | None = None
+    for _ in range(_ROUNDS_MAX):
+        closeness = points @ centroids.T - 0.5 * np.einsum("ij,ij->i", centroids, centroids)
+        moved = closeness.argmax(axis=1)
+        if nearest is not None and np.array_equal(moved, nearest):
+            break
+        nearest = moved
+        members = np.zeros((CENTROIDS, _SAMPLES))
+        members[nearest, np.arange(_SAMPLES)] = 1.0
+        counts = members.sum(axis=1)[:, None]
+        centroids = np.where(counts > 0, members @ points / np.maximum(counts, 1), centroids)
+    found: Float32 = centroids.astype(np.float32)
+    found.setflags(write=False)
+    return found
