@@ -36,7 +36,6 @@ class Report:
     calibration: Calibration
     fpir_wanted: float
     seed: int
-    references: int
     server: Server
     stays: bool
 

@@ -172,7 +172,7 @@ async def _demo(options: Options, data_dir: Path, progress_console: Console, con
                     )
                 )
             progress.stop()
-            result = Report(tuple(runs), calibration, FPIR_WANTED, SEED, job.enrolled, server, options.stay)
+            result = Report(tuple(runs), calibration, FPIR_WANTED, SEED, server, options.stay)
             report.show(result, console, as_json=options.as_json)
             if options.stay:
                 await _stay(server)

@@ -79,7 +79,8 @@ async def started(data_dir: Path, log_file: Path, *, http_port: int = 0, grpc_po
         await asyncio.wait(waits, timeout=START_S_MAX, return_when=asyncio.FIRST_COMPLETED)
         if not announced.done():
             raise StartRefused(
-                f"the server did not start: {_last_words(lines, log_file)}", hint=f"see {log_file} for all of it"
+                f"the server did not start: {_last_words(lines, log_file)}",
+                hint=f"{log_file} has all of it; name a data directory to keep that file",
             )
         places = announced.result()
         token_file = Path(places["token"])
