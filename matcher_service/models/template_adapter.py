@@ -15,8 +15,8 @@ import numpy as np
 from matcher_service.errors import InvalidInput
 from matcher_service.terms import Cause, Float32, Float64, TemplateSpace
 
-# Rows mapped at a time: the float64 accumulator of such a block stays in the processor's cache.
-_MAP_BLOCK_ROWS = 128
+# Values worked on at a time: the float64 temporaries of such a block stay in the processor's cache.
+_BLOCK_VALUES = 1 << 15
 
 
 def adapt(templates: Float32, source: TemplateSpace, target: TemplateSpace) -> Float32:
@@ -33,10 +33,19 @@ def adapt(templates: Float32, source: TemplateSpace, target: TemplateSpace) -> F
             hint="send templates of the space that the message names",
             cause=Cause.WRONG_DIMENSION,
         )
-    unit = _unit_rows(templates.astype(np.float64) - source.centre.astype(np.float64))
-    if source.id != target.id:
-        unit = _unit_rows(_mapped(unit, _matrix(source, target)))
-    return np.ascontiguousarray(unit, dtype=np.float32)
+    matrix = None if source.id == target.id else np.ascontiguousarray(_matrix(source, target).T, dtype=np.float64)
+    centre = source.centre.astype(np.float64)
+    adapted = np.empty((len(templates), target.id.dimension), dtype=np.float32)
+    block_rows = max(1, _BLOCK_VALUES // max(source.id.dimension, target.id.dimension))
+    for start in range(0, len(templates), block_rows):
+        rows = templates[start : start + block_rows].astype(np.float64, order="C")
+        rows -= centre
+        _normalise(rows)
+        if matrix is not None:
+            rows = _mapped(rows, matrix)
+            _normalise(rows)
+        adapted[start : start + block_rows] = rows
+    return adapted
 
 
 def check_space(space: TemplateSpace) -> None:
@@ -80,34 +89,29 @@ def _matrix(source: TemplateSpace, target: TemplateSpace) -> Float32:
     )
 
 
-def _mapped(unit: Float64, matrix: Float32) -> Float64:
-    """unit [n, ds] times matrix.T [ds, dt], summed in the order of the source's coordinates."""
-    columns = np.ascontiguousarray(matrix.T, dtype=np.float64)
-    result = np.zeros((len(unit), matrix.shape[0]))
-    for start in range(0, len(unit), _MAP_BLOCK_ROWS):
-        block = unit[start : start + _MAP_BLOCK_ROWS]
-        total = result[start : start + _MAP_BLOCK_ROWS]
-        term = np.empty_like(total)
-        for coordinate, column in enumerate(columns):
-            np.multiply(block[:, coordinate, None], column, out=term)
-            total += term
-    return result
+def _mapped(unit: Float64, columns: Float64) -> Float64:
+    """unit [n, ds] times columns [ds, dt], summed in the order of the source's coordinates."""
+    total = np.zeros((len(unit), columns.shape[1]))
+    term = np.empty_like(total)
+    for coordinate, column in enumerate(columns):
+        np.multiply(unit[:, coordinate, None], column, out=term)
+        total += term
+    return total
 
 
-def _unit_rows(rows: Float64) -> Float64:
-    norms = np.sqrt(_row_sums(rows * rows))
+def _normalise(rows: Float64) -> None:
+    """In place: each row divided by its length, or zeros where that is nought or not finite."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        unit = rows / norms[:, None]
-    unit[~(np.isfinite(norms) & (norms > 0))] = 0.0
-    return unit
+        lengths = np.sqrt(_row_sums(rows * rows))
+        rows /= lengths[:, None]
+    rows[~(np.isfinite(lengths) & (lengths > 0))] = 0.0
 
 
-def _row_sums(rows: Float64) -> Float64:
-    """Sum of each row by folding its halves onto each other; overwrites nothing."""
-    width = 1 << max(0, rows.shape[1] - 1).bit_length()
-    folded = np.zeros((len(rows), width))
-    folded[:, : rows.shape[1]] = rows
+def _row_sums(terms: Float64) -> Float64:
+    """Sum of each row [n, d] by folding its second half onto its first until one column is left; spoils `terms`."""
+    width = terms.shape[1]
     while width > 1:
-        width //= 2
-        folded = folded[:, :width] + folded[:, width:]
-    return np.ascontiguousarray(folded[:, 0])
+        kept = (width + 1) // 2
+        terms[:, : width - kept] += terms[:, kept:width]
+        width = kept
+    return terms[:, 0]
