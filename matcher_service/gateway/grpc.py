@@ -135,6 +135,10 @@ class MatcherEdge:
         for intake in self._intakes:
             intake.cancel()
 
+    @property
+    def taking_in(self) -> bool:
+        return not self._draining
+
     # --- unary ---------------------------------------------------------------------------------------
 
     async def identify(self, data: bytes, context: CallContext) -> pb.IdentifyReply | None:
@@ -147,7 +151,7 @@ class MatcherEdge:
                 raise refusal
             return encode.identify_reply(reply)
 
-        return await self._unary("Identify", work, context)
+        return await self._unary("identify", work, context)
 
     async def withdraw(self, data: bytes, context: CallContext) -> pb.WithdrawReply | None:
         async def work(actor: Actor) -> pb.WithdrawReply:
@@ -160,7 +164,7 @@ class MatcherEdge:
                 receipt = await self._service.withdraw(gallery_id, reference_ids, reason, actor)
             return encode.withdraw_reply(receipt)
 
-        return await self._unary("Withdraw", work, context)
+        return await self._unary("withdraw", work, context)
 
     async def _unary(self, verb: str, work: Callable[[Actor], Awaitable[Reply]], context: CallContext) -> Reply | None:
         try:
@@ -179,10 +183,10 @@ class MatcherEdge:
     # --- streams -------------------------------------------------------------------------------------
 
     async def identify_stream(self, _requests: object, context: CallContext) -> None:
-        await self._converse("IdentifyStream", self._identify_or_refuse, context)
+        await self._converse("identify_stream", self._identify_or_refuse, context)
 
     async def enrol(self, _requests: object, context: CallContext) -> None:
-        await self._converse("Enrol", self._enrol_or_refuse, context)
+        await self._converse("enrol", self._enrol_or_refuse, context)
 
     async def _identify_or_refuse(
         self, data: bytes, actor: Actor, remaining_s: float | None
@@ -263,7 +267,7 @@ class MatcherEdge:
             await self._end(intake, ending, context)
 
     async def watch_alerts(self, data: bytes, context: CallContext) -> None:
-        verb = "WatchAlerts"
+        verb = "watch_alerts"
         ending: MatcherError | None = None
 
         async def pass_on(deployment_ids: list[str]) -> None:
@@ -428,6 +432,11 @@ class GrpcServer:
         await server.start()
         self._server = server
         return int(port)
+
+    @property
+    def taking_in(self) -> bool:
+        """False from the moment that streams are no longer read."""
+        return self._edge.taking_in
 
     async def stop(self, grace_s: float) -> None:
         """Refuse new calls, answer what was read, end every stream; cut what is left after `grace_s`."""

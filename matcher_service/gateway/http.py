@@ -22,6 +22,7 @@ from matcher_service.gateway import (
     http_records,
     http_references,
     http_search,
+    refusals,
 )
 from matcher_service.gateway.http_exchange import json_response
 from matcher_service.gateway.http_guard import Guard, UnsupportedEncoding
@@ -99,6 +100,11 @@ async def _no_route(request: Request, error: Exception) -> Response:
     return response
 
 
+async def _defect(request: Request, error: Exception) -> Response:
+    # The framework raises it again after this answer, and the guard logs it.
+    return _noted(request, refusals.internal())
+
+
 def _noted(request: Request, refusal: MatcherError, status: HTTPStatus | None = None) -> Response:
     request.state.result = refusal.cause
     return problem_response(refusal, status)
@@ -118,6 +124,7 @@ def build_http_app(service: Service) -> ASGIApp:
             MatcherError: _refused,
             RequestValidationError: _invalid_query,
             HTTPException: _no_route,
+            Exception: _defect,
         },
     )
     for router in (

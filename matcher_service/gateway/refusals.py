@@ -68,4 +68,9 @@ def unexpected(error: BaseException) -> MatcherError:
         kind=type(error).__name__,
         at=[f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)],
     )
+    return internal()
+
+
+def internal() -> MatcherError:
+    """What a caller is told of a defect."""
     return MatcherError("the service failed on this request", hint="it is in the service's log; report it")
