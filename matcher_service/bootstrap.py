@@ -29,7 +29,6 @@ from matcher_service.catalogue import Catalogue
 from matcher_service.clock import LawfulTime, SystemClock
 from matcher_service.enrol import Writing
 from matcher_service.errors import MatcherError, StartRefused
-from matcher_service.gallery.keys import Keyring
 from matcher_service.gallery.log import open_sqlite_log
 from matcher_service.gateway import credentials
 from matcher_service.gateway.grpc import build_grpc_server
@@ -39,7 +38,7 @@ from matcher_service.identify import Identify, Searching
 from matcher_service.metrics import Metrics
 from matcher_service.models.local import LocalModels
 from matcher_service.replay import Replay
-from matcher_service.seams import Clock
+from matcher_service.seams import Clock, GalleryLog
 from matcher_service.settings import Settings, is_loopback
 from matcher_service.shards.local import LocalShard
 
@@ -103,10 +102,9 @@ async def running(
     data_dir = settings.storage.data_dir
     with process_lock.held(data_dir):
         token, token_file = credentials.load_or_create(data_dir)
-        keys = Keyring.open(settings.keys_dir)
-        log = await open_sqlite_log(data_dir, keys, settings.storage, clock)
+        log = await open_sqlite_log(data_dir, settings.keys_dir, settings.storage, clock)
         try:
-            shard = await LocalShard.open(data_dir / "index", keys.key, settings.index, clock)
+            shard = await LocalShard.open(data_dir / "index", log.keyring.key, settings.index, clock)
             try:
                 async with _serving(settings, clock, metrics, log, shard, token, token_file) as service:
                     yield service
@@ -121,7 +119,7 @@ async def _serving(
     settings: Settings,
     clock: Clock,
     metrics: Metrics,
-    log: Any,
+    log: GalleryLog,
     shard: LocalShard,
     token: str,
     token_file: Path,
@@ -183,7 +181,7 @@ async def _serving(
     tasks = _Tasks()
     tasks.start("replay", replay.run())
     tasks.start("batcher", batcher.run())
-    tasks.start("tend", upkeep.tend(shard, metrics))
+    tasks.start("tend", upkeep.tend(shard, log, metrics))
     erase_within_s = settings.storage.erase_within_h * 3600
     tasks.start("erase", upkeep.erase_when_due(log, time, clock, metrics, erase_within_s))
     try:

@@ -52,14 +52,14 @@ class Catalogue:
                 deployment = records.decode_deployment(entry.record)
                 self.deployments = {**self.deployments, deployment.deployment_id: deployment}
             case EntryKind.DEPLOYMENT_ENDED:
-                deployment_id = records.decode_ended(entry.record)
+                deployment_id, _ = records.decode_ended(entry.record)
                 ended = dataclasses.replace(self.deployments[deployment_id], ended_at_ms=entry.at_ms)
                 self.deployments = {**self.deployments, deployment_id: ended}
             case EntryKind.CASE_CREATED:
                 authority = records.decode_case(entry.record)
                 self.cases = {**self.cases, authority.case_reference: authority}
             case EntryKind.CASE_ENDED:
-                reference = records.decode_ended(entry.record)
+                reference, _ = records.decode_ended(entry.record)
                 closed = dataclasses.replace(self.cases[reference], ended_at_ms=entry.at_ms)
                 self.cases = {**self.cases, reference: closed}
             case EntryKind.ENROL | EntryKind.WITHDRAW:

@@ -180,8 +180,8 @@ def require_comparable(source: SpaceId, target: SpaceId, catalogue: Catalogue) -
             hint=f"send templates of dimension {target.dimension}",
         )
     space = catalogue.spaces.get(target)
-    known = source in catalogue.spaces and space is not None
-    if not known or all(mapped.source != source for mapped in space.maps):
+    mapped = {one.source for one in space.maps} if space is not None else set()
+    if source not in mapped or source not in catalogue.spaces:
         raise InvalidInput(
             f"templates of {source} cannot be compared in {target}",
             field="space",

@@ -1,4 +1,6 @@
-"""Catalogue values to the JSON of log entries and back. Pure; the format only ever grows.
+"""Catalogue values, and alerts, to the JSON that is stored of them and back. Pure.
+
+The format only ever grows: readers pass over keys that they do not know.
 
 Arrays stand as base64 of little-endian float32, row after row.
 """
@@ -15,6 +17,8 @@ import orjson
 
 from matcher_service.errors import DataDamaged
 from matcher_service.terms import (
+    Alert,
+    Candidate,
     Case,
     Deployment,
     Float32,
@@ -110,11 +114,11 @@ def decode_space(record: bytes) -> TemplateSpace:
     maps = []
     for one in found["maps"]:
         source = _space_id(one["source"])
-        maps.append(SpaceMap(source, _array(one["matrix"]).reshape(space_id.dimension, source.dimension)))
+        maps.append(SpaceMap(source, _array(one["matrix"], (space_id.dimension, source.dimension))))
     table = found["score_table"]
     return TemplateSpace(
         id=space_id,
-        centre=_array(found["centre"]),
+        centre=_array(found["centre"], (space_id.dimension,)),
         maps=tuple(maps),
         score_table=None
         if table is None
@@ -190,15 +194,80 @@ def decode_case(record: bytes) -> Case:
     )
 
 
-def encode_ended(name: str) -> bytes:
-    """The record of DEPLOYMENT_ENDED and CASE_ENDED: which one."""
-    return orjson.dumps({"ended": name})
+def encode_ended(name: str, value: str, ended_at_ms: int) -> bytes:
+    """Record of an end. `name` is "gallery_id", "deployment_id" or "case_reference", `value` the id."""
+    return orjson.dumps({name: value, "ended_at_ms": ended_at_ms})
 
 
-@_sensible("end of an authority")
-def decode_ended(record: bytes) -> str:
+@_sensible("end")
+def decode_ended(record: bytes) -> tuple[str, int]:
+    """(id, ended_at_ms) of GALLERY_DELETED, DEPLOYMENT_ENDED or CASE_ENDED."""
     found = orjson.loads(record)
-    return str(found["ended"])
+    names = [name for name in ("gallery_id", "deployment_id", "case_reference") if name in found]
+    if len(names) != 1:
+        raise ValueError("it names not exactly one thing")
+    return str(found[names[0]]), int(found["ended_at_ms"])
+
+
+def encode_alert(alert: Alert) -> bytes:
+    return orjson.dumps(
+        {
+            "alert_id": alert.alert_id,
+            "probe_id": alert.probe_id,
+            "deployment_id": alert.deployment_id,
+            "case_reference": alert.case_reference,
+            "raised_at_ms": alert.raised_at_ms,
+            "captured_at_ms": alert.captured_at_ms,
+            "candidates": [_candidate(one) for one in alert.candidates],
+            "thresholds": {name: float(value) for name, value in alert.thresholds.items()},
+            "sequence": alert.sequence,
+            "policy_version": alert.policy_version,
+            "complete": alert.complete,
+        }
+    )
+
+
+@_sensible("alert")
+def decode_alert(record: bytes) -> Alert:
+    data = orjson.loads(record)
+    return Alert(
+        alert_id=data["alert_id"],
+        probe_id=data["probe_id"],
+        deployment_id=data["deployment_id"],
+        case_reference=data["case_reference"],
+        raised_at_ms=data["raised_at_ms"],
+        captured_at_ms=data["captured_at_ms"],
+        candidates=tuple(_read_candidate(one) for one in data["candidates"]),
+        thresholds=dict(data["thresholds"]),
+        sequence=data["sequence"],
+        policy_version=data["policy_version"],
+        complete=data["complete"],
+    )
+
+
+def _candidate(candidate: Candidate) -> dict[str, object]:
+    # A space without a score table has no rate: NaN, for which JSON has no number.
+    rate = float(candidate.false_match_rate)
+    return {
+        "subject_id": candidate.subject_id,
+        "reference_id": candidate.reference_id,
+        "gallery_id": candidate.gallery_id,
+        "score": float(candidate.score),
+        "rank": int(candidate.rank),
+        "false_match_rate": None if np.isnan(rate) else rate,
+    }
+
+
+def _read_candidate(data: Any) -> Candidate:
+    rate = data["false_match_rate"]
+    return Candidate(
+        subject_id=data["subject_id"],
+        reference_id=data["reference_id"],
+        gallery_id=data["gallery_id"],
+        score=data["score"],
+        rank=data["rank"],
+        false_match_rate=float("nan") if rate is None else rate,
+    )
 
 
 def _space_id(found: Any) -> SpaceId:
@@ -209,5 +278,7 @@ def _array_text(array: Float32) -> str:
     return base64.b64encode(np.ascontiguousarray(array, dtype="<f4").tobytes()).decode()
 
 
-def _array(text: str) -> Float32:
-    return np.frombuffer(base64.b64decode(text, validate=True), dtype="<f4").astype(np.float32)
+def _array(text: str, shape: tuple[int, ...]) -> Float32:
+    values = np.frombuffer(base64.b64decode(text, validate=True), dtype="<f4").astype(np.float32).reshape(shape)
+    values.flags.writeable = False
+    return values

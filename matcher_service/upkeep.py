@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Protocol
 
 import structlog
@@ -11,7 +12,7 @@ from matcher_service.clock import LawfulTime
 from matcher_service.errors import AuditUnavailable, LogUnavailable
 from matcher_service.metrics import Metrics
 from matcher_service.seams import Clock, GalleryLog
-from matcher_service.terms import ShardStatus
+from matcher_service.terms import AuditEvent, ShardStatus
 
 TEND_EVERY_S = 1.0
 ERASE_EVERY_S_MAX = 60.0
@@ -19,11 +20,33 @@ ERASE_EVERY_S_MAX = 60.0
 _log = structlog.get_logger(__name__)
 
 
+class ErasedRows(Protocol):
+    """Rows of a gallery that left memory and every file of the index."""
+
+    @property
+    def gallery_id(self) -> str: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def sequence_min(self) -> int: ...
+    @property
+    def sequence_max(self) -> int: ...
+
+
+class Round(Protocol):
+    """What one round of tending did, and whether there is more to do at once."""
+
+    @property
+    def more(self) -> bool: ...
+    @property
+    def erased(self) -> Sequence[ErasedRows]: ...
+
+
 class Tended(Protocol):
     """A shard of this process with work of its own to do in the background."""
 
-    async def maintain(self) -> bool:
-        """One bounded round of sealing, merging, compaction; True if there is more to do at once."""
+    async def maintain(self) -> Round:
+        """One bounded round of sealing, merging, compaction."""
         ...
 
     async def status(self) -> ShardStatus: ...
@@ -44,14 +67,30 @@ async def erase_when_due(
         await asyncio.sleep(max(0.0, every_s - (clock.monotonic() - began)))
 
 
-async def tend(shard: Tended, metrics: Metrics) -> None:
-    """Tend the shard and publish its size, until cancelled."""
+async def tend(shard: Tended, log: GalleryLog, metrics: Metrics) -> None:
+    """Tend the shard, put on record what it erased, and publish its size, until cancelled."""
     shown: set[str] = set()
+    unrecorded: list[AuditEvent] = []
     while True:
-        more = await shard.maintain()
-        status = await shard.status()
-        shown = publish(status, metrics, shown)
-        await asyncio.sleep(0 if more else TEND_EVERY_S)
+        done = await shard.maintain()
+        unrecorded += [_erasure(one) for one in done.erased]
+        if unrecorded:
+            try:
+                await log.record(unrecorded, [])
+                unrecorded = []
+            except AuditUnavailable as error:
+                _log.error("erasure_record_delayed", detail=str(error))
+        shown = publish(await shard.status(), metrics, shown)
+        await asyncio.sleep(0 if done.more else TEND_EVERY_S)
+
+
+def _erasure(erased: ErasedRows) -> AuditEvent:
+    return AuditEvent(
+        actor="service",
+        action="erased_from_index",
+        subject=erased.gallery_id,
+        detail={"rows": erased.rows, "sequence_min": erased.sequence_min, "sequence_max": erased.sequence_max},
+    )
 
 
 def publish(status: ShardStatus, metrics: Metrics, shown: set[str]) -> set[str]:

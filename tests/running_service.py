@@ -122,7 +122,7 @@ class Tested:
 
 
 @asynccontextmanager
-async def tested(data_dir: Path, **sections: dict[str, Any]) -> AsyncIterator[Tested]:
+async def whole_service(data_dir: Path, **sections: dict[str, Any]) -> AsyncIterator[Tested]:
     async with running(settings_for(data_dir, **sections)) as service:
         async with MatcherClient(f"127.0.0.1:{service.grpc_port}", service.token) as client:
             yield Tested(service, client)

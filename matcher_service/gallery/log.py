@@ -9,15 +9,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import orjson
-from sqlalchemy import Connection, select
-from sqlalchemy.exc import DatabaseError, DataError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
+from sqlalchemy import Connection, Engine, select
+from sqlalchemy.exc import DatabaseError, DataError, IntegrityError, ProgrammingError, SQLAlchemyError
 
+from matcher_service import audit, records
 from matcher_service.errors import (
     AuditUnavailable,
     DataDamaged,
@@ -27,13 +28,14 @@ from matcher_service.errors import (
     StartRefused,
     TooLarge,
 )
-from matcher_service.gallery import records, seal
+from matcher_service.gallery import judgement, seal
+from matcher_service.gallery.erase import erase
 from matcher_service.gallery.inbox import AppendJob, EraseJob, Inbox, Job, RecordJob
 from matcher_service.gallery.keys import Keyring
 from matcher_service.gallery.schema import alert, audit_record, entry, live
-from matcher_service.gallery.sqlite import FILE_NAME, migrate, reader_engine, truncate_log, writer_engine
+from matcher_service.gallery.sqlite import FILE_NAME, SqliteDatabase
 from matcher_service.gallery.state import CatalogueState
-from matcher_service.gallery.transaction import SERVICE, Terms, WriteTransaction, detail_bytes
+from matcher_service.gallery.transaction import SERVICE, Terms, WriteTransaction
 from matcher_service.seams import Clock
 from matcher_service.settings import StorageSettings
 from matcher_service.terms import (
@@ -53,7 +55,7 @@ WRITES_PER_APPEND_MAX = 10_000
 ERASED_AT_ONCE_MAX = 10_000
 _JOBS_WAITING_MAX = 4096
 _WRITES_WAITING_MAX = 131_072
-_READERS = 3
+READERS = 3
 _RETRY_AFTER_MS = 200
 
 T = TypeVar("T")
@@ -69,7 +71,8 @@ async def open_sqlite_log(
     the process ended in between or an older database was restored. Raises StartRefused if the database cannot be
     used, or if templates are sealed under keys that are missing.
     """
-    log = SqlGalleryLog(data_dir / FILE_NAME, keys_dir, settings, clock, busy_timeout_ms)
+    database = SqliteDatabase(data_dir / FILE_NAME, READERS, busy_timeout_ms)
+    log = SqlGalleryLog(database, keys_dir, settings, clock)
     try:
         await asyncio.to_thread(log.open)
     except BaseException:
@@ -78,13 +81,33 @@ async def open_sqlite_log(
     return log
 
 
+class Database(Protocol):
+    """What the log needs of a database besides SQL."""
+
+    @property
+    def writer(self) -> Engine:
+        """Connections whose transactions exclude each other from their beginning."""
+        ...
+
+    @property
+    def reader(self) -> Engine: ...
+
+    def prepare(self) -> None:
+        """Make the tables, or bring them to the newest version."""
+        ...
+
+    def wipe(self) -> bool:
+        """See to it that nothing which a committed transaction removed is left on disk; False: try again."""
+        ...
+
+    def dispose(self) -> None: ...
+
+
 class SqlGalleryLog:
     """Implements `seams.GalleryLog`. Made by `open_sqlite_log`; its methods are for event loops, any of them."""
 
-    def __init__(
-        self, path: Path, keys_dir: Path, settings: StorageSettings, clock: Clock, busy_timeout_ms: int
-    ) -> None:
-        self._path = path
+    def __init__(self, database: Database, keys_dir: Path, settings: StorageSettings, clock: Clock) -> None:
+        self._database = database
         self._keys_dir = keys_dir
         self._clock = clock
         self._terms = Terms(
@@ -92,9 +115,7 @@ class SqlGalleryLog:
             erase_within_ms=round(settings.erase_within_h * 3_600_000),
             alert_retention_ms=round(settings.alert_retention_d * 86_400_000),
         )
-        self._writer = writer_engine(path, busy_timeout_ms)
-        self._reader = reader_engine(path, _READERS, busy_timeout_ms)
-        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="gallery-log-read")
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="gallery-log-read")
         self._inbox = Inbox(_JOBS_WAITING_MAX, _WRITES_WAITING_MAX)
         self._owner: threading.Thread | None = None
         self._state = CatalogueState()
@@ -114,17 +135,17 @@ class SqlGalleryLog:
     def open(self) -> None:
         """Blocking part of `open_sqlite_log`."""
         try:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            migrate(self._writer)
-            with self._writer.begin() as connection:
+            self._database.prepare()
+            with self._database.writer.begin() as connection:
                 newest = connection.execute(_NEWEST).first()
                 self._state.catch_up(connection)
+            # A process that was killed may have left erased pages in the write-ahead log.
+            self._wipe_pending = not self._database.wipe()
         except (SQLAlchemyError, OSError) as broken:
             raise StartRefused(
-                f"the gallery log {self._path} cannot be opened: {_first_line(broken)}",
+                f"the gallery log {self._database} cannot be opened: {_first_line(broken)}",
                 hint="check the disk and the file's owner, or restore the database from a backup",
             ) from broken
-        self._path.chmod(0o600)
         if newest is not None:
             self._head, self._newest_at_ms = newest
         self._keyring = Keyring(self._keys_dir, fresh=newest is None)
@@ -162,7 +183,7 @@ class SqlGalleryLog:
         if not events and not alerts:
             return
         try:
-            details = [detail_bytes(dict(event.detail)) for event in events]
+            details = [audit.canonical_detail(event.detail) for event in events]
         except ValueError as unfit:
             raise AuditUnavailable(f"an event's detail is not JSON: {unfit}", field="detail") from unfit
         await self._put(RecordJob(tuple(events), details, tuple(alerts)), AuditUnavailable)
@@ -213,17 +234,17 @@ class SqlGalleryLog:
 
     def _commit(self, jobs: Sequence[Job]) -> list[Any]:
         answers: list[Any] = []
-        with self._writer.begin() as connection:
+        with self._database.writer.begin() as connection:
             transaction = WriteTransaction(connection, self._keyring, self._state, self._terms, self._clock.wall_ms())
             for job in jobs:
                 match job:
                     case AppendJob():
-                        answers.append(transaction.append(job.writes, job.actor))
+                        answers.append(judgement.append(transaction, job.writes, job.actor))
                     case RecordJob():
                         transaction.record(job.events, job.details, job.alerts)
                         answers.append(None)
                     case EraseJob():
-                        answers.append(transaction.erase(job.now_ms, ERASED_AT_ONCE_MAX))
+                        answers.append(erase(transaction, job.now_ms, ERASED_AT_ONCE_MAX))
             transaction.flush()
         self._tell(transaction.sequence, transaction.at_ms)
         self._doomed.update(transaction.destroyed)
@@ -248,7 +269,7 @@ class SqlGalleryLog:
         """Leave no older version of a page behind: what was erased still stands in the write-ahead log."""
         self._wipe_pending |= erased
         if self._wipe_pending:
-            if not truncate_log(self._writer):
+            if not self._database.wipe():
                 raise LogUnavailable(
                     "templates were erased, but a reader kept the write-ahead log from being truncated",
                     hint="erase again",
@@ -259,9 +280,9 @@ class SqlGalleryLog:
         """After a failure: trust nothing in memory. The outcome of a failed commit is unknown, so whoever waits for
         news is told that there may be some."""
         self._state = CatalogueState()
-        self._writer.dispose()
+        self._database.writer.dispose()
         try:
-            with self._reader.begin() as connection:
+            with self._database.reader.begin() as connection:
                 newest = connection.execute(_NEWEST).first()
         except (SQLAlchemyError, OSError):
             newest = None
@@ -298,11 +319,15 @@ class SqlGalleryLog:
 
     # --- reading -----------------------------------------------------------------------------------
 
-    async def read(self, after: int, limit: int) -> list[LogEntry]:
-        return await self._query(lambda connection: self._read(connection, after, limit))
-
-    def _read(self, connection: Connection, after: int, limit: int) -> list[LogEntry]:
+    async def read(self, after: int, limit: int, kinds: Collection[EntryKind] | None = None) -> list[LogEntry]:
         wanted = _ENTRIES.where(entry.c.sequence > after).order_by(entry.c.sequence).limit(limit)
+        if kinds is not None:
+            wanted = wanted.where(entry.c.kind.in_([int(kind) for kind in kinds]))
+            if _OF_REFERENCES.isdisjoint(kinds):
+                wanted = wanted.where(IS_CATALOGUE)
+        return await self._query(lambda connection: self._read(connection, wanted))
+
+    def _read(self, connection: Connection, wanted: Select[Any]) -> list[LogEntry]:
         cipher_of = self._keyring.cipher
         ciphers = {}
         kinds = {int(kind): kind for kind in EntryKind}
@@ -395,7 +420,7 @@ class SqlGalleryLog:
 
         def run() -> T:
             try:
-                with self._reader.begin() as connection:
+                with self._database.reader.begin() as connection:
                     return query(connection)
             except (SQLAlchemyError, OSError) as broken:
                 raise _unavailable(broken, LogUnavailable, "read") from broken
@@ -414,8 +439,7 @@ class SqlGalleryLog:
         if self._owner is not None:
             self._owner.join()
         self._readers.shutdown()
-        self._reader.dispose()
-        self._writer.dispose()
+        self._database.dispose()
 
 
 _NEWEST = select(entry.c.sequence, entry.c.at_ms).order_by(entry.c.sequence.desc()).limit(1)
@@ -452,13 +476,10 @@ def _qualify(jobs: Sequence[Job], answers: list[Any], doomed: set[str]) -> None:
 
 
 def _is_storage(failure: BaseException) -> bool:
-    return isinstance(failure, OSError | MatcherError) or _is_operational(failure)
-
-
-def _is_operational(failure: BaseException) -> bool:
-    return isinstance(failure, OperationalError | DatabaseError) and not isinstance(
-        failure, IntegrityError | DataError | ProgrammingError
-    )
+    """Whether the database or the disk failed, and not what one caller brought."""
+    if isinstance(failure, IntegrityError | DataError | ProgrammingError):
+        return False
+    return isinstance(failure, OSError | DatabaseError | TimeoutError | LogUnavailable)
 
 
 def _translated(failure: BaseException, job: Job) -> BaseException:

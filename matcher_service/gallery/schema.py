@@ -7,7 +7,22 @@ without a change of format.
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, Column, Index, Integer, LargeBinary, MetaData, Table, Text
+from functools import lru_cache
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Connection,
+    Dialect,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+    insert,
+    literal_column,
+)
 
 metadata = MetaData(naming_convention={"ix": "ix_%(table_name)s_%(column_0_N_name)s", "pk": "pk_%(table_name)s"})
 
@@ -15,7 +30,6 @@ metadata = MetaData(naming_convention={"ix": "ix_%(table_name)s_%(column_0_N_nam
 Sequence = BigInteger().with_variant(Integer(), "sqlite")
 Name = Text().with_variant(Text(collation="C"), "postgresql")
 
-FIRST_CATALOGUE_KIND = 3
 
 entry = Table(
     "entry",
@@ -31,12 +45,9 @@ entry = Table(
     Column("record", LargeBinary, comment="JSON of a catalogue entry"),
     Column("attributes", LargeBinary, comment="JSON beside the entry, such as the reason of a withdrawal"),
 )
-Index(
-    "ix_entry_catalogue",
-    entry.c.sequence,
-    sqlite_where=entry.c.kind >= FIRST_CATALOGUE_KIND,
-    postgresql_where=entry.c.kind >= FIRST_CATALOGUE_KIND,
-)
+# Written out, not a parameter: only so can a database see that the index on catalogue entries serves a query.
+IS_CATALOGUE = entry.c.kind >= literal_column("3")
+Index("ix_entry_catalogue", entry.c.sequence, sqlite_where=IS_CATALOGUE, postgresql_where=IS_CATALOGUE)
 
 live = Table(
     "live",
@@ -98,3 +109,14 @@ alert = Table(
 Index("ix_alert_alert_id", alert.c.alert_id, unique=True)
 Index("ix_alert_deployment_id_position", alert.c.deployment_id, alert.c.position)
 Index("ix_alert_erase_at_ms", alert.c.erase_at_ms)
+
+
+def insert_many(connection: Connection, table: Table, rows: list[tuple[object, ...]]) -> None:
+    """Insert rows of plain values, one for each column in order; the driver gets them as they are, in one call."""
+    if rows:
+        connection.exec_driver_sql(_insertion(table, connection.dialect), rows)
+
+
+@lru_cache(maxsize=64)
+def _insertion(table: Table, dialect: Dialect) -> str:
+    return str(insert(table).compile(dialect=dialect))

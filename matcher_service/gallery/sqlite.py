@@ -1,108 +1,112 @@
-"""What is particular to SQLite: where the file is, how connections are set up, when the disk has been wiped.
+"""What is particular to SQLite: where the file is, how connections are set up, how the disk is wiped.
 
 `journal_mode=WAL` with `synchronous=FULL`: every commit syncs the write-ahead log before it returns.
 `secure_delete=ON`: what is removed from a page is overwritten with zeros. The write-ahead log keeps older pages
-until it is truncated, so erasure ends with `truncate_log`.
+until it is truncated, so erasure ends with `wipe`.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from sqlite3 import Connection as SqliteConnection
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, Engine, Table, create_engine, event, insert
+from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.pool import QueuePool
 
 FILE_NAME = "gallery.db"
 
 # Pages of 8 KiB hold seven sealed 512-d templates; 4 KiB pages would hold three and waste a quarter.
 _PAGE_BYTES = 8192
-# Checkpoints sync the database file; at 4 MiB, SQLite's default, they would dominate an import.
-_CHECKPOINT_PAGES = 64 * 1024 * 1024 // _PAGE_BYTES
+# Checkpoints sync the database file; at SQLite's default of 1,000 pages they would dominate an import.
+_CHECKPOINT_BYTES = 64 * 1024 * 1024
 
 
-def writer_engine(path: Path, busy_timeout_ms: int) -> Engine:
-    """One connection, for the thread that owns all writes. Its transactions take the write lock at once."""
-    engine = _engine(path, 1)
+class SqliteDatabase:
+    """The gallery log's database file. `writer` has one connection, whose transactions take the write lock at once;
+    the `readers` connections of `reader` cannot write. Neither touches the disk before `prepare`."""
 
-    @event.listens_for(engine, "connect")
-    def _set_up(connection: SqliteConnection, _: object) -> None:
-        connection.isolation_level = None
-        for pragma in (
-            f"busy_timeout={busy_timeout_ms}",
+    def __init__(self, path: Path, readers: int, busy_timeout_ms: int) -> None:
+        self._path = path
+        busy = f"busy_timeout={busy_timeout_ms}"
+        self.writer = _engine(
+            path,
+            1,
+            "BEGIN IMMEDIATE",
+            busy,
             f"page_size={_PAGE_BYTES}",
             "journal_mode=WAL",
             "synchronous=FULL",
             "secure_delete=ON",
             "foreign_keys=ON",
             "cache_size=-65536",
-            f"wal_autocheckpoint={_CHECKPOINT_PAGES}",
-        ):
-            connection.execute(f"PRAGMA {pragma}")
+            f"wal_autocheckpoint={_CHECKPOINT_BYTES // _PAGE_BYTES}",
+        )
+        self.reader = _engine(path, readers, "BEGIN", busy, "query_only=ON", "cache_size=-16384")
 
-    @event.listens_for(engine, "begin")
-    def _begin(connection: Connection) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+    def __str__(self) -> str:
+        return str(self._path)
 
-    return engine
+    def prepare(self) -> None:
+        """Make the file, for its owner only, and bring the tables to the newest version in one transaction."""
+        folder = self._path.parent
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # SQLite gives its side files the mode of the main file.
+        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
+        for directory in (folder, folder.parent):
+            descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        with self.writer.begin() as connection:
+            migrate(connection)
+
+    def wipe(self) -> bool:
+        """Copy the write-ahead log into the file and cut it to nothing; False if a reader was in the way.
+
+        Afterwards no older version of any page is left in either.
+        """
+        # Past SQLAlchemy's transactions: a checkpoint cannot run inside one.
+        connection = self.writer.raw_connection()
+        try:
+            busy, _, _ = connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        finally:
+            connection.close()
+        return not busy
+
+    def dispose(self) -> None:
+        self.reader.dispose()
+        self.writer.dispose()
 
 
-def reader_engine(path: Path, connections: int, busy_timeout_ms: int) -> Engine:
-    """Connections that cannot write."""
-    engine = _engine(path, connections)
-
-    @event.listens_for(engine, "connect")
-    def _set_up(connection: SqliteConnection, _: object) -> None:
-        connection.isolation_level = None
-        for pragma in (f"busy_timeout={busy_timeout_ms}", "query_only=ON", "cache_size=-16384"):
-            connection.execute(f"PRAGMA {pragma}")
-
-    @event.listens_for(engine, "begin")
-    def _begin(connection: Connection) -> None:
-        connection.exec_driver_sql("BEGIN")
-
-    return engine
+def migrate(connection: Connection) -> None:
+    """Run the migrations that are missing, on this connection."""
+    config = Config()
+    config.set_main_option("script_location", "matcher_service.gallery:migrations")
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = connection
+    command.upgrade(config, "head")
 
 
-def _engine(path: Path, connections: int) -> Engine:
-    return create_engine(
+def _engine(path: Path, connections: int, begin: str, *pragmas: str) -> Engine:
+    engine = create_engine(
         f"sqlite:///{path}",
         poolclass=QueuePool,
         pool_size=connections,
         max_overflow=0,
         connect_args={"check_same_thread": False},
-        # A connection that stood idle holds no lock and no snapshot.
-        pool_reset_on_return="rollback",
     )
 
+    @event.listens_for(engine, "connect")
+    def _set_up(connection: SqliteConnection, _: object) -> None:
+        # The driver is to begin no transactions of its own: `begin` says how they begin.
+        connection.isolation_level = None
+        for pragma in pragmas:
+            connection.execute(f"PRAGMA {pragma}")
 
-def migrate(engine: Engine) -> None:
-    """Bring the tables to the newest version, in one transaction."""
-    with engine.begin() as connection:
-        config = Config()
-        config.set_main_option("script_location", "matcher_service.gallery:migrations")
-        config.set_main_option("path_separator", "os")
-        config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        connection.exec_driver_sql(begin)
 
-
-def insert_many(connection: Connection, table: Table, rows: list[tuple[object, ...]]) -> None:
-    """Insert rows of plain values, one for each column in order. Values are passed to the driver as they are."""
-    if rows:
-        connection.exec_driver_sql(str(insert(table).compile(dialect=connection.dialect)), rows)
-
-
-def truncate_log(engine: Engine) -> bool:
-    """Copy the write-ahead log into the database and cut it to nothing; False if a reader was in the way.
-
-    Afterwards no older version of any page is left in either file.
-    """
-    # Past SQLAlchemy's transactions: a checkpoint cannot run inside one.
-    connection = engine.raw_connection()
-    try:
-        busy, _, _ = connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-    finally:
-        connection.close()
-    return not busy
+    return engine

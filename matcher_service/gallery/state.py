@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from sqlalchemy import Connection, select
 
-from matcher_service.gallery import records
-from matcher_service.gallery.schema import FIRST_CATALOGUE_KIND, entry
+from matcher_service import records
+from matcher_service.gallery.schema import IS_CATALOGUE, entry
 from matcher_service.terms import EntryKind, Gallery, SpaceId, TemplateSpace
 
 
@@ -53,7 +53,7 @@ class CatalogueState:
         """Apply what was committed beyond `sequence`."""
         newer = (
             select(entry.c.sequence, entry.c.kind, entry.c.record)
-            .where(entry.c.kind >= FIRST_CATALOGUE_KIND, entry.c.sequence > self.sequence)
+            .where(IS_CATALOGUE, entry.c.sequence > self.sequence)
             .order_by(entry.c.sequence)
         )
         for sequence, kind, record in connection.execute(newer).all():

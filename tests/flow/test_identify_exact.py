@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.running_service import tested
+from tests.running_service import whole_service
 
 REFERENCES = 20_000
 DIMENSION = 128
@@ -43,7 +43,7 @@ async def test_law_2_the_answer_equals_a_flat_scan_of_the_stored_rows(tmp_path: 
     subjects = [f"subject-{row // 3}" for row in range(REFERENCES)]
     half = REFERENCES // 2
     threshold, rank_max = 0.35, 20
-    async with tested(tmp_path) as service:
+    async with whole_service(tmp_path) as service:
         space = await service.space(DIMENSION)
         for name, rows in (("a", slice(0, half)), ("b", slice(half, None))):
             await service.gallery(name, space, threshold)

@@ -1,4 +1,4 @@
-"""Law 6: nothing of a probe without a candidate outlives its response."""
+"""Law 6: nothing of a probe without a candidate outlives its response, and no template of one that alerted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 from numpy.typing import NDArray
 
 from matcher_service.bootstrap import configure_logging
-from tests.running_service import tested
+from matcher_service.terms import Outcome
+from tests.running_service import whole_service
 
 DIMENSION = 64
 PROBES = 400
@@ -46,12 +47,15 @@ def unit(rows: NDArray[np.float64]) -> NDArray[np.float32]:
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
-async def test_law_6_no_form_of_an_unmated_probe_is_in_any_file(
+async def test_law_6_no_form_of_any_probe_is_in_any_file(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     rng = np.random.default_rng(6)
     centre = rng.normal(size=DIMENSION).astype(np.float32) * 0.1
     probes = rng.normal(size=(PROBES, DIMENSION)).astype(np.float32)
+    enrolled = rng.normal(size=(50, DIMENSION)).astype(np.float32)
+    # Five probes that alert: their templates are not kept either.
+    probes[-5:] = enrolled[:5] + 0.01 * rng.normal(size=(5, DIMENSION))
     adapted = unit((probes - centre).astype(np.float64))
     wanted = [forms(row) for row in (*probes, *adapted)]
     data_dir = tmp_path / "data"
@@ -65,16 +69,17 @@ async def test_law_6_no_form_of_an_unmated_probe_is_in_any_file(
             (planted / "file").write_bytes(b"x" * 1001 + form + b"y" * 77)
             assert name in traces(planted, wanted)
 
-    async with tested(data_dir) as service:
+    async with whole_service(data_dir) as service:
         space = await service.space(DIMENSION, centre)
         await service.gallery("g", space, threshold=0.95)
-        enrolled = rng.normal(size=(50, DIMENSION)).astype(np.float32)
         await service.enrol("g", space, enrolled, [f"r{at}" for at in range(50)])
         await service.deployment("g")
         await service.case("g")
         streamed = await service.ask(space, probes)
         cased = await service.ask(space, probes[:50], case_reference="case-1")
-        assert {one.decision.outcome.value for one in (*streamed.values(), *cased.values())} == {"NO_CANDIDATE"}
+        outcomes = [streamed[f"p{at}"].decision.outcome for at in range(PROBES)]
+        assert outcomes == [Outcome.NO_CANDIDATE] * (PROBES - 5) + [Outcome.ALERT] * 5
+        assert {one.decision.outcome for one in cased.values()} == {Outcome.NO_CANDIDATE}
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{service.running.http_port}") as http:
             for at, probe in enumerate(probes[:20]):
                 template = probe.tolist() if at % 2 else base64.b64encode(probe.astype("<f4").tobytes()).decode()
@@ -84,8 +89,7 @@ async def test_law_6_no_form_of_an_unmated_probe_is_in_any_file(
                     json={
                         "space": {"name": space.name, "version": space.version, "dimension": space.dimension},
                         "dtype": "float32",
-                        "templates": [template] if at % 2 else template,
-                        "probe_ids": [f"h{at}"],
+                        "probes": [{"probe_id": f"h{at}", "template": template, "captured_at_ms": 0}],
                         "case_reference": "case-1",
                     },
                 )

@@ -72,7 +72,7 @@ def catalogue() -> Catalogue:
         (EntryKind.GALLERY_DELETED, b"", "gone"),
         (EntryKind.DEPLOYMENT_CREATED, records.encode_deployment(deployment()), ""),
         (EntryKind.DEPLOYMENT_CREATED, records.encode_deployment(deployment(deployment_id="ended")), ""),
-        (EntryKind.DEPLOYMENT_ENDED, records.encode_ended("ended"), ""),
+        (EntryKind.DEPLOYMENT_ENDED, records.encode_ended("deployment_id", "ended", NOW), ""),
         (
             EntryKind.DEPLOYMENT_CREATED,
             records.encode_deployment(deployment(deployment_id="wide", gallery_ids=("a", "far", "gone"))),
