@@ -21,6 +21,8 @@ CHAIN_START = "00" * 32
 CHAINED = ("index", "at_ms", "actor", "action", "subject", "facts", "detail_digest", "previous")
 """The fields under the hash. `facts` never names a person; `detail` and `salt` stand beside."""
 
+SALT_BYTES = 32
+
 _LEAF = b"\x00"
 
 
@@ -35,10 +37,21 @@ def canonical(value: object) -> bytes:
         raise ValueError(str(foreign)) from foreign
 
 
+def canonical_detail(detail: Mapping[str, object]) -> bytes:
+    """A detail in the canonical form of what will be read back; b"" for an empty one. Raises ValueError as above."""
+    return reread(canonical(dict(detail))) if detail else b""
+
+
+def reread(text: bytes) -> bytes:
+    """The canonical form of a JSON text. Keys that were not strings in Python, and foreign ways to write numbers,
+    take their final form and order here."""
+    return canonical(json.loads(text))
+
+
 def detail_digest(salt: bytes, detail: bytes) -> str:
     """Hex digest of a canonical detail; "" stands for no detail at all.
 
-    The salt (32 random bytes) keeps a short detail from being guessed once it has been erased.
+    The salt (SALT_BYTES random bytes) keeps a short detail from being guessed once it has been erased.
     """
     return hashlib.sha256(salt + detail).hexdigest() if detail else ""
 

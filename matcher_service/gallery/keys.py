@@ -36,37 +36,56 @@ class Keyring:
     systems, flash) the old blocks are beyond any program's reach; there, destroy the master key with the medium.
     """
 
-    def __init__(self, keys_dir: Path, *, fresh: bool) -> None:
-        """Open `keys_dir`. `fresh`: nothing has been sealed yet, so a missing master key may be made.
-
-        Raises StartRefused if the master key is missing although something was sealed, or is readable by others.
-        """
+    def __init__(self, keys_dir: Path) -> None:
         self._dir = keys_dir
         self._galleries = keys_dir / "galleries"
         self._lock = threading.Lock()
         self._ciphers: dict[str, tuple[bytes, AESGCM]] = {}
         self._gone: set[str] = set()
-        master = keys_dir / "master.key"
-        if not master.exists():
-            if not fresh:
-                raise StartRefused(
-                    f"no master key at {master}, and the gallery log holds templates sealed under it",
-                    hint="restore the keys directory, or set storage.keys_dir to where it is",
-                )
-            self._galleries.mkdir(mode=0o700, parents=True, exist_ok=True)
-            keys_dir.chmod(0o700)
+        self._master: AESGCM | None = None
+        self._system: AESGCM | None = None
+
+    @classmethod
+    def open(cls, keys_dir: Path) -> Keyring:
+        """The keyring of a directory, which may not exist yet; `prepare` makes what is missing.
+
+        Raises StartRefused if the master key is readable by others or is no key.
+        """
+        keyring = cls(keys_dir)
+        keyring._load()
+        return keyring
+
+    def prepare(self, *, fresh: bool) -> None:
+        """Make the master key and the system key if they are missing; durable on return.
+
+        `fresh`: nothing has been sealed yet. Otherwise a missing key is not made anew but raises StartRefused, since
+        what was sealed under it could never be read again.
+        """
+        master, system = self._dir / "master.key", self._dir / "system.key"
+        missing = [path for path in (master, system) if not path.exists()]
+        if missing and not fresh:
+            raise StartRefused(
+                f"no key at {missing[0]}, and the gallery log holds what was sealed under it",
+                hint="restore the keys directory, or set storage.keys_dir to where it is",
+            )
+        self._galleries.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._dir.chmod(0o700)
+        if master in missing:
             _write_durably(master, os.urandom(KEY_BYTES))
-            _sync_directory(keys_dir.parent)
-        if master.stat().st_mode & 0o077:
-            raise StartRefused(f"the master key {master} is open to others", hint=f"chmod 600 {master}")
-        self._galleries.mkdir(mode=0o700, exist_ok=True)
-        self._master = AESGCM(_read_exactly(master, KEY_BYTES))
-        system = keys_dir / "system.key"
-        if not system.exists():
-            if not fresh:
-                raise StartRefused(f"no system key at {system}", hint="restore the keys directory")
+            _sync_directory(self._dir.parent)
+        self._load()
+        if system in missing:
             _write_durably(system, self._wrapped("system", os.urandom(KEY_BYTES)))
-        self._system = AESGCM(self._unwrapped("system", system))
+            self._load()
+
+    def _load(self) -> None:
+        master, system = self._dir / "master.key", self._dir / "system.key"
+        if master.exists():
+            if master.stat().st_mode & 0o077:
+                raise StartRefused(f"the master key {master} is open to others", hint=f"chmod 600 {master}")
+            self._master = AESGCM(_read_exactly(master, KEY_BYTES))
+            if system.exists():
+                self._system = AESGCM(self._unwrapped("system", system))
 
     def create(self, gallery_id: str) -> None:
         """Make a gallery's key durable. One that is there already stays. Raises Conflict if it was destroyed."""
@@ -104,7 +123,7 @@ class Keyring:
     @property
     def system(self) -> AESGCM:
         """The cipher for what belongs to no gallery: alerts, and the personal details of the audit."""
-        return self._system
+        return _present(self._system)
 
     def destroyed(self, gallery_id: str) -> bool:
         return self._tombstone(gallery_id).exists()
@@ -146,19 +165,27 @@ class Keyring:
 
     def _wrapped(self, name: str, data_key: bytes) -> bytes:
         nonce = os.urandom(_NONCE_BYTES)
-        return _FORMAT + nonce + self._master.encrypt(nonce, data_key, name.encode())
+        return _FORMAT + nonce + _present(self._master).encrypt(nonce, data_key, name.encode())
 
     def _unwrapped(self, name: str, path: Path) -> bytes:
         stored = path.read_bytes()
         try:
             if stored[:1] != _FORMAT:
                 raise InvalidTag
-            return self._master.decrypt(stored[1 : 1 + _NONCE_BYTES], stored[1 + _NONCE_BYTES :], name.encode())
+            return _present(self._master).decrypt(
+                stored[1 : 1 + _NONCE_BYTES], stored[1 + _NONCE_BYTES :], name.encode()
+            )
         except (InvalidTag, ValueError) as unfit:
             raise DataDamaged(
                 f"the key file {path} of {name} fails its authentication under the master key",
                 hint="restore the keys directory: master key and data keys belong together",
             ) from unfit
+
+
+def _present(cipher: AESGCM | None) -> AESGCM:
+    if cipher is None:
+        raise StartRefused("the keyring has no master key yet", hint="open the gallery log first: it makes one")
+    return cipher
 
 
 def _read_exactly(path: Path, size: int) -> bytes:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import orjson
-from sqlalchemy import Connection, Engine, select
+from sqlalchemy import Connection, Engine, Select, select
 from sqlalchemy.exc import DatabaseError, DataError, IntegrityError, ProgrammingError, SQLAlchemyError
 
 from matcher_service import audit, records
@@ -32,7 +32,7 @@ from matcher_service.gallery import judgement, seal
 from matcher_service.gallery.erase import erase
 from matcher_service.gallery.inbox import AppendJob, EraseJob, Inbox, Job, RecordJob
 from matcher_service.gallery.keys import Keyring
-from matcher_service.gallery.schema import alert, audit_record, entry, live
+from matcher_service.gallery.schema import IS_CATALOGUE, alert, audit_record, entry, live
 from matcher_service.gallery.sqlite import FILE_NAME, SqliteDatabase
 from matcher_service.gallery.state import CatalogueState
 from matcher_service.gallery.transaction import SERVICE, Terms, WriteTransaction
@@ -57,22 +57,25 @@ _JOBS_WAITING_MAX = 4096
 _WRITES_WAITING_MAX = 131_072
 READERS = 3
 _RETRY_AFTER_MS = 200
+_OF_REFERENCES = frozenset((EntryKind.ENROL, EntryKind.WITHDRAW))
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
 async def open_sqlite_log(
-    data_dir: Path, keys_dir: Path, settings: StorageSettings, clock: Clock, *, busy_timeout_ms: int = 2000
+    data_dir: Path, keys: Path | Keyring, settings: StorageSettings, clock: Clock, *, busy_timeout_ms: int = 2000
 ) -> SqlGalleryLog:
     """Open, or make, the gallery log of a data directory. The caller sees to it that no other process has it open.
 
-    Brings the tables to the newest version, and finishes deletions of galleries whose keys were destroyed, whether
-    the process ended in between or an older database was restored. Raises StartRefused if the database cannot be
-    used, or if templates are sealed under keys that are missing.
+    `keys` is the keys directory, or the keyring already opened on it. Brings the tables to the newest version, and
+    finishes deletions of galleries whose keys were destroyed, whether the process ended in between or an older
+    database was restored. Raises StartRefused if the database cannot be used, or if templates are sealed under keys
+    that are missing.
     """
     database = SqliteDatabase(data_dir / FILE_NAME, READERS, busy_timeout_ms)
-    log = SqlGalleryLog(database, keys_dir, settings, clock)
+    keyring = keys if isinstance(keys, Keyring) else await asyncio.to_thread(Keyring.open, keys)
+    log = SqlGalleryLog(database, keyring, settings, clock)
     try:
         await asyncio.to_thread(log.open)
     except BaseException:
@@ -106,9 +109,9 @@ class Database(Protocol):
 class SqlGalleryLog:
     """Implements `seams.GalleryLog`. Made by `open_sqlite_log`; its methods are for event loops, any of them."""
 
-    def __init__(self, database: Database, keys_dir: Path, settings: StorageSettings, clock: Clock) -> None:
+    def __init__(self, database: Database, keyring: Keyring, settings: StorageSettings, clock: Clock) -> None:
         self._database = database
-        self._keys_dir = keys_dir
+        self._keyring = keyring
         self._clock = clock
         self._terms = Terms(
             idempotency_window_ms=round(settings.idempotency_window_h * 3_600_000),
@@ -148,7 +151,7 @@ class SqlGalleryLog:
             ) from broken
         if newest is not None:
             self._head, self._newest_at_ms = newest
-        self._keyring = Keyring(self._keys_dir, fresh=newest is None)
+        self._keyring.prepare(fresh=newest is None)
         self._settle_keys()
         self._owner = threading.Thread(target=self._own, name="gallery-log-write")
         self._owner.start()

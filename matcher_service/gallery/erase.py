@@ -1,0 +1,71 @@
+"""Expiry and physical erasure: what a write transaction takes out of the log, with its audit."""
+
+from __future__ import annotations
+
+from sqlalchemy import delete, select, tuple_, update
+
+from matcher_service import audit
+from matcher_service.gallery.schema import alert, audit_record, enrolment_key, entry, erasure, live
+from matcher_service.gallery.transaction import SERVICE, Held, Note, WriteTransaction
+
+_EXPIRED = audit.canonical({"reason": "expired"})
+
+
+def erase(transaction: WriteTransaction, now_ms: int, most: int) -> int:
+    """Withdraw what has expired, then erase what is due; at most `most` of each. Returns the templates erased.
+
+    A template is due at a stated time at the latest: nothing is gained by waiting for it, so everything that waits
+    and is not held is erased. Also dropped: alerts past their retention, with the details that the audit holds of
+    them, and idempotency keys past their window. The time is the later of `now_ms` and the log's own, so that a
+    clock stepped back keeps nobody.
+    """
+    now_ms = max(now_ms, transaction.at_ms)
+    _withdraw_expired(transaction, now_ms, most)
+    erased = _erase_templates(transaction, most)
+    _erase_alerts(transaction, now_ms, most)
+    _drop_old_keys(transaction, now_ms, most)
+    transaction.write_notes(SERVICE)
+    transaction.flush()
+    return erased
+
+
+def _withdraw_expired(transaction: WriteTransaction, now_ms: int, most: int) -> None:
+    expired = select(live).where(live.c.expires_at_ms <= now_ms)
+    oldest_first = expired.order_by(live.c.expires_at_ms, live.c.gallery_id, live.c.reference_id).limit(most)
+    for gallery_id, reference_id, *rest in transaction.connection.execute(oldest_first).all():
+        place, held = (gallery_id, reference_id), Held(*rest)
+        transaction.add_held(place, held)
+        transaction.note(Note("reference.expired", gallery_id), transaction.withdraw(place, held, _EXPIRED))
+    transaction.flush()
+
+
+def _erase_templates(transaction: WriteTransaction, most: int) -> int:
+    connection = transaction.connection
+    waiting = select(erasure.c.sequence).where(erasure.c.held.is_(None)).order_by(erasure.c.sequence).limit(most)
+    sequences = list(connection.execute(waiting).scalars())
+    if sequences:
+        chosen = select(waiting.subquery().c.sequence)
+        connection.execute(update(entry).where(entry.c.sequence.in_(chosen)).values(sealed=None))
+        connection.execute(delete(erasure).where(erasure.c.sequence.in_(chosen)))
+        transaction.note(Note("template.erased", ""), *sequences)
+    return len(sequences)
+
+
+def _erase_alerts(transaction: WriteTransaction, now_ms: int, most: int) -> None:
+    connection = transaction.connection
+    past = select(alert.c.position, alert.c.alert_id).where(alert.c.erase_at_ms <= now_ms)
+    for position, alert_id in connection.execute(past.order_by(alert.c.position).limit(most)).all():
+        connection.execute(delete(alert).where(alert.c.position == position))
+        transaction.chain(SERVICE.name, "alert.erased", alert_id, {})
+    told = select(audit_record.c.position).where(audit_record.c.erase_at_ms <= now_ms)
+    chosen = select(told.order_by(audit_record.c.position).limit(most).subquery().c.position)
+    connection.execute(
+        update(audit_record).where(audit_record.c.position.in_(chosen)).values(sealed=None, erase_at_ms=None)
+    )
+
+
+def _drop_old_keys(transaction: WriteTransaction, now_ms: int, most: int) -> None:
+    columns = (enrolment_key.c.gallery_id, enrolment_key.c.idempotency_key)
+    old = select(*columns).where(enrolment_key.c.at_ms <= now_ms - transaction.terms.idempotency_window_ms)
+    chosen = old.order_by(enrolment_key.c.at_ms).limit(most).subquery()
+    transaction.connection.execute(delete(enrolment_key).where(tuple_(*columns).in_(select(*chosen.c))))

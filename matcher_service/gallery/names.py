@@ -1,0 +1,25 @@
+"""What may stand in the log as a name."""
+
+from __future__ import annotations
+
+from matcher_service.errors import InvalidInput
+
+NAME_BYTES_MAX = 1024
+
+
+def storable(name: str) -> bool:
+    """1 to NAME_BYTES_MAX bytes of valid UTF-8 without a zero byte, which not every database stores."""
+    try:
+        return 0 < len(name.encode()) <= NAME_BYTES_MAX and "\0" not in name
+    except UnicodeEncodeError:
+        return False
+
+
+def check_name(name: str, field: str) -> None:
+    """Raises InvalidInput naming the field if the name is not storable."""
+    if not storable(name):
+        raise InvalidInput(
+            "an identifier is empty, too long or not valid text",
+            field=field,
+            hint=f"1 to {NAME_BYTES_MAX} bytes of UTF-8, none of them zero",
+        )
