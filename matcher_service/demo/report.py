@@ -84,25 +84,22 @@ def as_dict(report: Report) -> dict[str, object]:
 def _show_thresholds(report: Report, console: Console) -> None:
     calibration, runs = report.calibration, report.runs
     real = calibration.real
+    plain, raised = runs[0], runs[-1]
     lines = [
-        f"Aim: at most {report.fpir_wanted:.0%} of the probes of people who are enrolled nowhere may alert.",
-        f"Threshold {runs[0].threshold:.3f} for {runs[0].references} real references: set from {real.comparisons:,} "
-        f"impostor pairs of the enrolled shots alone; the highest scored {real.highest:.3f}. At 95% confidence that "
-        f"bounds the false-match rate to {calibration.real_table.rates[-1]:.1e} a comparison, so at most "
-        f"{runs[0].fpir_limit:.1%} of such probes alert. The pairs share 35 people, so the true doubt is larger, and "
-        "they cannot support a rate of 1e-6.",
+        f"Aim: at most {report.fpir_wanted:.0%} of the probes of people who are enrolled nowhere alert. "
+        f"{plain.references} real references: threshold {plain.threshold:.3f}, just above the highest of "
+        f"{real.comparisons:,} impostor pairs of the enrolled shots. By their 95% limit (false-match rate "
+        f"{calibration.real_table.rates[-1]:.1e}) at most {plain.fpir_limit:.1%} alert; the pairs share 35 people, so "
+        "the true doubt is larger, and they support no rate near 1e-6."
     ]
     if len(runs) > 1:
-        synthetic = runs[-1].references - runs[0].references
         lines += [
-            f"With {synthetic:,} SYNTHETIC references added, that threshold no longer holds: the limit becomes "
-            f"{runs[1].fpir_limit:.0%}. Threshold {runs[2].threshold:.3f} brings it back to {runs[2].fpir_limit:.1%}; "
-            "what it says of synthetic references was measured on another synthetic draw, so it is as good as that "
-            "model, and no better. The request raises the threshold; it could not lower it.",
-            "Impostor scores, mean / std / 99.9%: real " + _moments(real) + "; synthetic to synthetic "
+            f"With {raised.references - plain.references:,} SYNTHETIC references added, that threshold promises little "
+            f"(limit {runs[1].fpir_limit:.0%}), so the requests raise it to {raised.threshold:.3f}, measured on "
+            f"another synthetic draw: limit {raised.fpir_limit:.1%}, as good as that model and no better.",
+            f"Impostor scores, mean / std / 99.9%: real {_moments(real)}; synthetic to synthetic "
             f"{_moments(calibration.synthetic_to_synthetic)}; synthetic to enrolled real "
-            f"{_moments(calibration.synthetic_to_real)} (wider: the model was fitted to those, which makes the "
-            "raised threshold err on the high side).",
+            f"{_moments(calibration.synthetic_to_real)} (fitted to those, hence wider: it errs on the safe side).",
         ]
     console.print()
     for line in lines:
@@ -126,13 +123,13 @@ def _table(report: Report) -> Table:
         ("alerts", [str(one.alerts) for one in tallies]),
         ("right person at rank 1", [f"{one.rank_1_right} of {one.mated}" for one in tallies]),
         ("missed mates", [f"{one.missed_mates} of {one.mated}" for one in tallies]),
-        ("false alerts: enrolled nowhere", [f"{one.false_alerts_unmated} of {one.unmated}" for one in tallies]),
-        ("  at most, expected (95%)", [f"{run.fpir_limit * run.tally.unmated:.1f}" for run in report.runs]),
-        ("false alerts: wrong person first", [f"{one.false_alerts_wrong} of {one.mated}" for one in tallies]),
+        ("false alerts, enrolled nowhere", [f"{one.false_alerts_unmated} of {one.unmated}" for one in tallies]),
+        ("  expected at most", [f"{run.fpir_limit * run.tally.unmated:.1f}" for run in report.runs]),
+        ("false alerts, wrong person", [f"{one.false_alerts_wrong} of {one.mated}" for one in tallies]),
         ("throughput, probes/s", [f"{run.throughput_probes_per_s:,.0f}" for run in report.runs]),
         (
-            "latency ms, p50 / p95 / p99",
-            [f"{run.latency.p50_ms:.1f} / {run.latency.p95_ms:.1f} / {run.latency.p99_ms:.1f}" for run in report.runs],
+            "latency ms, p50/p95/p99",
+            [f"{run.latency.p50_ms:.1f}/{run.latency.p95_ms:.1f}/{run.latency.p99_ms:.1f}" for run in report.runs],
         ),
     ]
     for label, values in rows:

@@ -135,13 +135,15 @@ async def _demo(options: Options, data_dir: Path, progress_console: Console, con
             Administration(server) as administration,
             MatcherClient(server.grpc_address, server.token, deadline_s=DEADLINE_S) as client,
         ):
-            progress.update(bar, total=1, completed=1, description=f"Server ready at {server.http_url}")
+            progress.update(
+                bar, total=1, completed=1, description=f"Server ready: {server.http_url}, gRPC {server.grpc_address}"
+            )
             job = _Job(client, progress, searched)
             await _set_up(administration, calibration, threshold_real)
             await job.enrol("Enrolling real references", _real_references(faces))
             runs = [
                 await job.run(
-                    "real references only",
+                    "real references",
                     deployment_id="demo",
                     threshold=None,
                     applied=threshold_real,
@@ -155,7 +157,7 @@ async def _demo(options: Options, data_dir: Path, progress_console: Console, con
                 )
                 runs.append(
                     await job.run(
-                        "with synthetic, same threshold",
+                        "synthetic added",
                         deployment_id="demo-same-threshold",
                         threshold=None,
                         applied=threshold_real,
@@ -164,7 +166,7 @@ async def _demo(options: Options, data_dir: Path, progress_console: Console, con
                 )
                 runs.append(
                     await job.run(
-                        "with synthetic, raised threshold",
+                        "synthetic, raised threshold",
                         deployment_id="demo-raised-threshold",
                         threshold=threshold_full,
                         applied=threshold_full,
@@ -305,12 +307,10 @@ class _Job:
     async def run(self, name: str, *, deployment_id: str, threshold: float | None, applied: float, limit: float) -> Run:
         """The probes at an edge's pace, for the figures and latencies; then again and again at full speed, for the
         throughput. `threshold` is what the request asks for, `applied` what thereby holds."""
-        paced = await self._stream(
-            f"Probes at 100/s: {name}", self._frames(deployment_id, threshold), len(self._searched)
-        )
+        paced = await self._stream(f"At 100/s: {name}", self._frames(deployment_id, threshold), len(self._searched))
         began = time.monotonic()
         burst = await self._stream(
-            f"Probes at full speed: {name}",
+            f"At full speed: {name}",
             self._burst(threshold),
             len(self._searched) * BURST_ROUNDS,
         )

@@ -182,7 +182,7 @@ def test_the_thresholds_come_from_enrolled_shots_and_promise_what_they_support(s
 
 def test_progress_is_shown_and_results_stand_alone(shown: Shown) -> None:
     """Bars go to standard error, so that the JSON on standard output can be piped; the credit is in it."""
-    for words in ("Learning", "Server ready", "Enrolling real", "Enrolling synthetic", "Probes at 100/s"):
+    for words in ("Learning", "Server ready", "Enrolling real", "Enrolling synthetic", "At 100/s"):
         assert words in shown.progress
     assert "Olivetti Research Laboratory" in shown.figures["credit"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from matcher_service.demo.calibration import CALIBRATION_DRAWS, Calibration, calibrate
+from matcher_service.demo.calibration import Calibration, calibrate
 from matcher_service.demo.data import Faces, enrolment, load_faces
 from matcher_service.demo.distractors import Generator, fit, impostor_scores, moments, raw_templates
 from matcher_service.errors import InvalidInput
@@ -15,8 +15,8 @@ from matcher_service.models.template_adapter import adapt
 @pytest.fixture(scope="module")
 def calibration() -> Calibration:
     steps: list[int] = []
-    found = calibrate(enrolment(load_faces()), np.random.default_rng(3), steps.append)
-    assert sum(steps) == CALIBRATION_DRAWS
+    found = calibrate(enrolment(load_faces()), np.random.default_rng(3), steps.append, draws=30_000)
+    assert sum(steps) == 30_000
     return found
 
 
@@ -58,7 +58,7 @@ def test_calibration_sees_no_probe_and_nobody_who_is_enrolled_nowhere(calibratio
     faces = load_faces()
     held = np.isin(faces.row_ids, enrolment(faces).row_ids)
     spoilt = Faces(np.where(held[:, None], faces.templates, np.float32(99)), faces.subjects, faces.shots)
-    again = calibrate(enrolment(spoilt), np.random.default_rng(3), lambda _: None)
+    again = calibrate(enrolment(spoilt), np.random.default_rng(3), lambda _: None, draws=30_000)
     assert again.space.centre.tobytes() == calibration.space.centre.tobytes()
     assert again.real_table == calibration.real_table
     assert again.synthetic_table == calibration.synthetic_table
