@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from matcher_service.errors import InvalidInput
-from matcher_service.terms import Cause, Float32, Float64, TemplateSpace
+from matcher_service.terms import Cause, Float32, Float64, SpaceMap, TemplateSpace
 
 # Values worked on at a time: the float64 temporaries of such a block stay in the processor's cache.
 _BLOCK_VALUES = 1 << 15
@@ -26,14 +26,10 @@ def adapt(templates: Float32, source: TemplateSpace, target: TemplateSpace) -> F
     back as zeros. Raises InvalidInput: WRONG_DIMENSION if the rows do not have the source's dimension, WRONG_SPACE if
     the spaces differ and the target has no map from the source.
     """
-    if templates.ndim != 2 or templates.shape[1] != source.id.dimension:
-        raise InvalidInput(
-            f"templates have shape {templates.shape}, the space {source.id} needs [n, {source.id.dimension}]",
-            field="templates",
-            hint="send templates of the space that the message names",
-            cause=Cause.WRONG_DIMENSION,
-        )
-    matrix = None if source.id == target.id else np.ascontiguousarray(_matrix(source, target).T, dtype=np.float64)
+    check_templates(templates, source)
+    matrix = (
+        None if source.id == target.id else np.ascontiguousarray(map_between(source, target).matrix.T, dtype=np.float64)
+    )
     centre = source.centre.astype(np.float64)
     adapted = np.empty((len(templates), target.id.dimension), dtype=np.float32)
     block_rows = max(1, _BLOCK_VALUES // max(source.id.dimension, target.id.dimension))
@@ -46,6 +42,17 @@ def adapt(templates: Float32, source: TemplateSpace, target: TemplateSpace) -> F
             _normalise(rows)
         adapted[start : start + block_rows] = rows
     return adapted
+
+
+def check_templates(templates: Float32, source: TemplateSpace) -> None:
+    """Raises InvalidInput (WRONG_DIMENSION) unless `templates` is [n, source dimension]."""
+    if templates.ndim != 2 or templates.shape[1] != source.id.dimension:
+        raise InvalidInput(
+            f"templates have shape {templates.shape}, the space {source.id} needs [n, {source.id.dimension}]",
+            field="templates",
+            hint="send templates of the space that the message names",
+            cause=Cause.WRONG_DIMENSION,
+        )
 
 
 def check_space(space: TemplateSpace) -> None:
@@ -77,10 +84,11 @@ def check_space(space: TemplateSpace) -> None:
         seen.add(one.source)
 
 
-def _matrix(source: TemplateSpace, target: TemplateSpace) -> Float32:
+def map_between(source: TemplateSpace, target: TemplateSpace) -> SpaceMap:
+    """The target's map from the source; raises InvalidInput (WRONG_SPACE) if it has none."""
     for one in target.maps:
         if one.source == source.id:
-            return one.matrix
+            return one
     raise InvalidInput(
         f"no map from {source.id} to {target.id}",
         field="space",
