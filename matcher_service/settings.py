@@ -42,14 +42,16 @@ class StorageSettings(Section):
 
 
 class LimitSettings(Section):
-    probes_per_message_max: int = Field(1024, ge=1, le=4096)
-    references_per_message_max: int = Field(4096, ge=1, le=10_000)
-    message_bytes_max: int = Field(8 * 1024 * 1024, ge=1024, le=64 * 1024 * 1024)
+    probes_per_message_max: int = Field(1024, ge=1, le=4096, description="Probes of one message.")
+    references_per_message_max: int = Field(4096, ge=1, le=10_000, description="References of one message.")
+    message_bytes_max: int = Field(
+        8 * 1024 * 1024, ge=1024, le=64 * 1024 * 1024, description="Bytes of a gRPC message or an HTTP body."
+    )
     rank_max_max: int = Field(100, ge=1, le=1000, description="Largest rank_max a request may ask for.")
     id_bytes_max: int = Field(128, ge=8, le=1024, description="Longest identifier, in UTF-8 bytes.")
-    dimension_max: int = Field(4096, ge=2, le=16384)
-    deadline_ms_default: int = Field(2000, ge=1)
-    deadline_ms_max: int = Field(60_000, ge=1)
+    dimension_max: int = Field(4096, ge=2, le=16384, description="Largest dimension of a template space.")
+    deadline_ms_default: int = Field(2000, ge=1, description="Deadline of a request that names none.")
+    deadline_ms_max: int = Field(60_000, ge=1, description="Longest deadline a request may ask for.")
     stream_messages_in_flight_max: int = Field(16, ge=1, le=1024, description="Unanswered messages of one stream.")
     streams_max: int = Field(256, ge=1, description="Open streams at once.")
 
@@ -86,7 +88,7 @@ class Settings(BaseSettings):
     admission: AdmissionSettings = AdmissionSettings()  # type: ignore[call-arg]
     batching: BatchingSettings = BatchingSettings()  # type: ignore[call-arg]
     index: IndexSettings = IndexSettings()  # type: ignore[call-arg]
-    log_level: str = Field("info", pattern="^(debug|info|warning|error)$")
+    log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error.")
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:

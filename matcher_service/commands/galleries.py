@@ -1,0 +1,206 @@
+"""`matcher galleries`, `matcher watchlists`, `matcher spaces`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from matcher_service.commands.http_api import api_to, path_of
+from matcher_service.commands.options import HTTP_URL, AsJson, CaFile, Http, Reason, TokenFile, space_from
+from matcher_service.commands.output import print_fields, print_json, print_rows
+from matcher_service.commands.times import duration_ms
+
+galleries = typer.Typer(no_args_is_help=True, help="Named sets of references under one lawful basis.")
+watchlists = typer.Typer(no_args_is_help=True, help="The short-lived galleries of a deployment.")
+spaces = typer.Typer(no_args_is_help=True, help="Template spaces: model, version, dimension, centre.")
+
+_COLUMNS = ("gallery_id", "kind", "space", "threshold", "retention_ms", "controller", "lawful_basis")
+_SPACE = "NAME/VERSION/DIMENSION, for example arcface/3/512."
+
+
+@galleries.command("list")
+def list_galleries(
+    http: Http = HTTP_URL, token_file: TokenFile = None, ca_file: CaFile = None, as_json: AsJson = False
+) -> None:
+    """List the galleries."""
+    with api_to(http, token_file, ca_file) as api:
+        found = api.get(path_of("galleries"))
+    if as_json:
+        print_json(found)
+    else:
+        print_rows(found["galleries"], _COLUMNS, "There are no galleries; `matcher galleries create` makes one.")
+
+
+@galleries.command("create")
+def create_gallery(
+    gallery_id: str,
+    kind: Annotated[str, typer.Option(help="custody, immigration or watchlist.")],
+    controller: Annotated[str, typer.Option(help="Who is answerable for the data.")],
+    lawful_basis: Annotated[str, typer.Option(help="On which it is kept and searched.")],
+    purpose: Annotated[str, typer.Option(help="What it is for.")],
+    retention: Annotated[str, typer.Option(help="Longest life of a reference: 12h, 30d, 52w.")],
+    space: Annotated[str, typer.Option(help=_SPACE)],
+    threshold: Annotated[float, typer.Option(help="Least score that is a candidate, in [-1, 1].")],
+    http: Http = HTTP_URL,
+    token_file: TokenFile = None,
+    ca_file: CaFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Create a gallery in a registered template space."""
+    body: dict[str, Any] = {
+        "gallery_id": gallery_id,
+        "kind": kind,
+        "controller": controller,
+        "lawful_basis": lawful_basis,
+        "purpose": purpose,
+        "retention_ms": duration_ms(retention, "retention"),
+        "space": space_from(space)._asdict(),
+        "threshold": threshold,
+    }
+    with api_to(http, token_file, ca_file) as api:
+        done = api.post(path_of("galleries"), body)
+    if as_json:
+        print_json(done)
+    else:
+        typer.echo(f"Created gallery {gallery_id} (sequence {done['sequence']}).")
+
+
+@galleries.command("show")
+def show_gallery(
+    gallery_id: str,
+    http: Http = HTTP_URL,
+    token_file: TokenFile = None,
+    ca_file: CaFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Describe a gallery."""
+    with api_to(http, token_file, ca_file) as api:
+        found = api.get(path_of("galleries", gallery_id))
+    (print_json if as_json else print_fields)(found)
+
+
+@galleries.command("delete")
+def delete_gallery(
+    gallery_id: str,
+    reason: Reason,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    http: Http = HTTP_URL,
+    token_file: TokenFile = None,
+    ca_file: CaFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Withdraw every reference of a gallery and destroy its key. Its id is never used again."""
+    if not yes:
+        typer.confirm(f"Delete gallery {gallery_id} and everything in it, for good?", abort=True, err=True)
+    with api_to(http, token_file, ca_file) as api:
+        done = api.delete(path_of("galleries", gallery_id), reason=reason)
+    if as_json:
+        print_json(done)
+    else:
+        typer.echo(f"Deleted gallery {gallery_id} (sequence {done['sequence']}).")
+
+
+@watchlists.command("list")
+def list_watchlists(
+    http: Http = HTTP_URL, token_file: TokenFile = None, ca_file: CaFile = None, as_json: AsJson = False
+) -> None:
+    """List the watchlists."""
+    with api_to(http, token_file, ca_file) as api:
+        found = api.get(path_of("watchlists"))
+    if as_json:
+        print_json(found)
+    else:
+        print_rows(found["watchlists"], _COLUMNS, "There are no watchlists.")
+
+
+@watchlists.command("show")
+def show_watchlist(
+    gallery_id: str,
+    http: Http = HTTP_URL,
+    token_file: TokenFile = None,
+    ca_file: CaFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Describe a watchlist."""
+    with api_to(http, token_file, ca_file) as api:
+        found = api.get(path_of("watchlists", gallery_id))
+    (print_json if as_json else print_fields)(found)
+
+
+@spaces.command("list")
+def list_spaces(
+    http: Http = HTTP_URL, token_file: TokenFile = None, ca_file: CaFile = None, as_json: AsJson = False
+) -> None:
+    """List the template spaces."""
+    with api_to(http, token_file, ca_file) as api:
+        found = api.get(path_of("spaces"))
+    if as_json:
+        print_json(found)
+    else:
+        print_rows(found["spaces"], ("name", "version", "dimension"), "There are no template spaces.")
+
+
+@spaces.command("register")
+def register_space(
+    space: Annotated[str, typer.Argument(help=_SPACE)],
+    centre: Annotated[str, typer.Option(help="A .npy file of the mean template, or the word zero.")],
+    map_from: Annotated[
+        list[str] | None, typer.Option(help="SPACE=FILE.npy: the linear map [dimension, dimension of SPACE].")
+    ] = None,
+    score_table: Annotated[
+        Path | None, typer.Option(help="JSON file: scores (ascending), rates (false-match rates), method.")
+    ] = None,
+    http: Http = HTTP_URL,
+    token_file: TokenFile = None,
+    ca_file: CaFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Register a template space with its centre. Another centre is another version."""
+    import json
+
+    from matcher_service.errors import InvalidInput
+
+    named = space_from(space)
+    body: dict[str, Any] = {
+        "space": named._asdict(),
+        "centre": _numbers(centre, "centre", (named.dimension,)),
+        "maps": [],
+    }
+    for one in map_from or []:
+        source_name, _, file = one.partition("=")
+        source = space_from(source_name)
+        matrix = _numbers(file, "map_from", (named.dimension, source.dimension))
+        body["maps"].append({"source": source._asdict(), "matrix": matrix})
+    if score_table is not None:
+        try:
+            body["score_table"] = json.loads(score_table.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InvalidInput(f"cannot read {score_table}: {error}", field="score_table", hint="give JSON") from error
+    with api_to(http, token_file, ca_file) as api:
+        done = api.post(path_of("spaces"), body)
+    if as_json:
+        print_json(done)
+    else:
+        typer.echo(f"Registered template space {named} (sequence {done['sequence']}).")
+
+
+def _numbers(file: str, field: str, shape: tuple[int, ...]) -> str:
+    """Base64 of the little-endian float32 values of a .npy file, or of zeros."""
+    import base64
+
+    import numpy as np
+
+    from matcher_service.errors import InvalidInput
+
+    if file == "zero" and field == "centre":
+        values = np.zeros(shape, "<f4")
+    else:
+        try:
+            values = np.load(file, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise InvalidInput(f"cannot read {file}: {error}", field=field, hint="save it with numpy.save") from error
+        if values.shape != shape or values.dtype.kind != "f":
+            raise InvalidInput(f"{file} is {values.dtype} {values.shape}", field=field, hint=f"save floats {shape}")
+    return base64.b64encode(np.ascontiguousarray(values, "<f4").tobytes()).decode()
