@@ -62,14 +62,13 @@ def probe_message(
     check_unique(probe_ids, "probe_ids", Cause.DUPLICATE_PROBE_ID)
     space = space_of(request.space, request.HasField("space"), limits)
     templates = templates_of(request.templates, _dtype(request.dtype), len(probe_ids), space.dimension)
-    check_parallel(len(request.captured_at_ms), len(probe_ids), "captured_at_ms")
     return checked_probe_message(
         limits,
         actor=actor,
         space=space,
         probe_ids=probe_ids,
         templates=templates,
-        captured_at_ms=np.fromiter(request.captured_at_ms, np.int64, len(probe_ids)),
+        captured_at_ms=_times(request.captured_at_ms, len(probe_ids), "captured_at_ms"),
         deployment_id=request.deployment_id,
         case_reference=request.case_reference,
         gallery_ids=tuple(request.gallery_ids),
@@ -172,14 +171,7 @@ def enrol_message(
     space = space_of(request.space, request.HasField("space"), limits)
     templates = templates_of(request.templates, _dtype(request.dtype), len(reference_ids), space.dimension)
     if request.expires_at_ms:
-        check_parallel(len(request.expires_at_ms), len(reference_ids), "expires_at_ms")
-        expires_at_ms = np.fromiter(request.expires_at_ms, np.int64, len(reference_ids))
-        if (expires_at_ms < 0).any():
-            raise InvalidInput(
-                "an expiry is negative",
-                field="expires_at_ms",
-                hint="give milliseconds since 1970, or 0 for the gallery's retention",
-            )
+        expires_at_ms = _times(request.expires_at_ms, len(reference_ids), "expires_at_ms")
     else:
         expires_at_ms = np.zeros(len(reference_ids), np.int64)
     return checked_enrol_message(
@@ -274,6 +266,17 @@ def templates_of(data: bytes, dtype: Dtype, rows: int, dimension: int, field: st
         )
     templates: Float32 = np.frombuffer(data, wire).reshape(rows, dimension).astype(np.float32, copy=False)
     return templates
+
+
+def _times(sent: Sequence[int], rows: int, field: str) -> Int64:
+    """int64 [rows] of a parallel field of times of day."""
+    check_parallel(len(sent), rows, field)
+    times = np.fromiter(sent, np.int64, rows)
+    if (times < 0).any():
+        raise InvalidInput(
+            "a time before 1970", field=f"{field}[{int((times < 0).argmax())}]", hint="give milliseconds since 1970"
+        )
+    return times
 
 
 def space_of(space: pb.TemplateSpace, present: bool, limits: LimitSettings) -> SpaceId:

@@ -7,14 +7,16 @@ in a template they reject that probe only.
 from __future__ import annotations
 
 import binascii
+import re
 from base64 import b64decode
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
 from pydantic import ValidationError
 
-from matcher_service.errors import InvalidInput
+from matcher_service.errors import InvalidInput, MatcherError
 from matcher_service.gateway import decode
 from matcher_service.gateway.json_bodies import (
     Body,
@@ -84,6 +86,34 @@ def path(location: Sequence[str | int]) -> str:
     """('probes', 3, 'template') to probes[3].template."""
     parts = [f"[{one}]" if isinstance(one, int) else f".{one}" for one in location]
     return "".join(parts).removeprefix(".")
+
+
+# Where a field of the wire messages stands in a JSON body: one object per row instead of parallel columns.
+_COLUMN = re.compile(r"(templates|captured_at_ms|probe_ids|reference_ids|subject_ids|expires_at_ms)\[(\d+)\]")
+_IN_A_ROW = {
+    "templates": "template",
+    "probe_ids": "probe_id",
+    "reference_ids": "reference_id",
+    "subject_ids": "subject_id",
+}
+
+
+def field_in_body(field: str, rows: str) -> str:
+    """templates[3] as a JSON body names it: probes[3].template, where `rows` is probes or references."""
+    column = _COLUMN.fullmatch(field)
+    if column is None:
+        return field
+    return f"{rows}[{column[2]}].{_IN_A_ROW.get(column[1], column[1])}"
+
+
+@contextmanager
+def naming_fields_of(rows: str) -> Iterator[None]:
+    """Refusals that pass through name their field as the JSON body does."""
+    try:
+        yield
+    except MatcherError as refusal:
+        refusal.field = field_in_body(refusal.field, rows)
+        raise
 
 
 def probe_message(data: bytes, limits: LimitSettings, actor: Actor, received_at: float) -> ProbeMessage:
@@ -187,7 +217,22 @@ def _score_table(sent: ScoreTableBody) -> ScoreTable:
             field="score_table",
             hint="give as many scores, ascending, as rates, non-increasing and in (0, 1]",
         )
-    return ScoreTable(tuple(sent.scores), tuple(sent.rates), sent.method)
+    for field in ("estimates", "low_rates"):
+        values = np.array(getattr(sent, field))
+        if len(values) not in (0, len(scores)) or not ((values >= 0) & (values <= 1)).all():
+            raise InvalidInput(
+                "not rates at the table's scores",
+                field=f"score_table.{field}",
+                hint="leave it out, or give as many rates in [0, 1] as scores",
+            )
+    return ScoreTable(
+        tuple(sent.scores),
+        tuple(sent.rates),
+        sent.method,
+        tuple(sent.estimates),
+        tuple(sent.low_rates),
+        sent.confidence,
+    )
 
 
 def deployment(data: bytes, now_ms: int) -> Deployment:

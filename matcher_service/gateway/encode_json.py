@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matcher_service.errors import MatcherError
+from matcher_service.gateway.decode_json import field_in_body
 from matcher_service.gateway.encode import in_words
 from matcher_service.records import space_id_dict
 from matcher_service.terms import Alert, Candidate, Decision, IdentifyReply, Outcome, Receipt, Reference
@@ -33,9 +34,11 @@ def problem(refusal: MatcherError, status: int, title: str) -> Document:
     return document
 
 
-def identify_reply(reply: IdentifyReply) -> Document:
+def identify_reply(reply: IdentifyReply, rows: str = "") -> Document:
+    """`rows`: what the JSON request called its rows, so that refusals name their field as it did; "" if the
+    request was no JSON."""
     return {
-        "decisions": [_decision(one) for one in reply.decisions],
+        "decisions": [_decision(one, rows) for one in reply.decisions],
         "complete": reply.complete,
         "missing": list(reply.missing),
         "sequence": reply.sequence,
@@ -46,36 +49,43 @@ def identify_reply(reply: IdentifyReply) -> Document:
     }
 
 
-def _decision(decision: Decision) -> Document:
+def _decision(decision: Decision, rows: str) -> Document:
     document: Document = {"probe_id": decision.probe_id, "outcome": decision.outcome}
     if decision.outcome is Outcome.ALERT:
         document["alert_id"] = decision.alert_id
         document["candidates"] = [_candidate(one) for one in decision.candidates]
     if decision.cause:
-        document |= {"cause": decision.cause, "detail": decision.detail, "field": decision.field}
+        document |= {"cause": decision.cause, "detail": decision.detail, "field": _named(decision.field, rows)}
     if decision.retry_after_ms:
         document["retry_after_ms"] = decision.retry_after_ms
     return document
 
 
-def enrol_reply(reference_ids: Sequence[str], receipts: Sequence[Receipt | MatcherError], message_id: str) -> Document:
+def enrol_reply(
+    reference_ids: Sequence[str], receipts: Sequence[Receipt | MatcherError], message_id: str, rows: str = ""
+) -> Document:
+    """`rows` as for identify_reply."""
     return {
         "message_id": message_id,
         "sequence": max((one.sequence for one in receipts if isinstance(one, Receipt)), default=0),
-        "receipts": [_receipt(one, receipt) for one, receipt in zip(reference_ids, receipts, strict=True)],
+        "receipts": [_receipt(one, receipt, rows) for one, receipt in zip(reference_ids, receipts, strict=True)],
     }
 
 
-def _receipt(reference_id: str, receipt: Receipt | MatcherError) -> Document:
+def _receipt(reference_id: str, receipt: Receipt | MatcherError, rows: str) -> Document:
     if isinstance(receipt, MatcherError):
         return {
             "reference_id": reference_id,
             "outcome": "REFUSED",
             "cause": receipt.cause,
             "detail": in_words(receipt),
-            "field": receipt.field,
+            "field": _named(receipt.field, rows),
         }
     return {"reference_id": reference_id, "outcome": receipt.outcome, "sequence": receipt.sequence}
+
+
+def _named(field: str, rows: str) -> str:
+    return field_in_body(field, rows) if rows else field
 
 
 def withdrawn(receipt: Receipt) -> Document:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
@@ -46,19 +47,21 @@ def router(service: Service) -> APIRouter:
         """
         protobuf, as_protobuf = sent_as_protobuf(request), wants_protobuf(request)
         data = await read_body(request)
-        received_at, actor = service.clock.monotonic(), actor_of(request)
-        if protobuf:
-            message = decode.enrol_message(
-                _in_gallery(decode.parse(pb.EnrolRequest, data), gallery_id), limits, actor, received_at
-            )
-        else:
-            message = decode_json.enrol_message(data, gallery_id, limits, actor, received_at)
-        receipts = await service.enrol(message)
-        if refusal := refusals.of_all_references(receipts):
-            raise refusal
+        actor, received_at = actor_of(request), service.clock.monotonic()
+        with nullcontext() if protobuf else decode_json.naming_fields_of("references"):
+            if protobuf:
+                sent = _in_gallery(decode.parse(pb.EnrolRequest, data), gallery_id)
+                message = decode.enrol_message(sent, limits, actor, received_at)
+            else:
+                message = decode_json.enrol_message(data, gallery_id, limits, actor, received_at)
+            receipts = await service.enrol(message)
+            if refusal := refusals.of_all_references(receipts):
+                raise refusal
+        ids, message_id = message.reference_ids, message.message_id
         if as_protobuf:
-            return protobuf_response(encode.enrol_reply(message.reference_ids, receipts, message.message_id))
-        return json_response(encode_json.enrol_reply(message.reference_ids, receipts, message.message_id))
+            return protobuf_response(encode.enrol_reply(ids, receipts, message_id))
+        rows = "" if protobuf else "references"
+        return json_response(encode_json.enrol_reply(ids, receipts, message_id, rows=rows))
 
     @routes.get("/v1/galleries/{gallery_id}/references")
     async def list_references(gallery_id: str, query: Annotated[PageAfterName, Query()]) -> Response:

@@ -100,6 +100,9 @@ class ScoreTableBody(Body):
     scores: list[float] = Field(description="Ascending.")
     rates: list[float] = Field(description="False-match rate at each score; non-increasing, in (0, 1].")
     method: str = Field(description="Where the table comes from, in words.")
+    estimates: list[float] = Field([], description="Best estimates at the same scores, of which rates are the limits.")
+    low_rates: list[float] = Field([], description="Lower limits at the same scores.")
+    confidence: float = Field(0.0, ge=0.0, lt=1.0, description="Of the interval from low_rates to rates; 0: unknown.")
 
 
 class TemplateSpaceBody(Body):
