@@ -54,7 +54,7 @@ def best_candidates(
     probes: Int64,
     gallery: Int64,
     scores: Float32,
-    subject_hashes: NDArray[np.int64],
+    subject_hashes: NDArray[np.integer],
     reference_of: Callable[[int], bytes],
     subject_of: Callable[[int], bytes],
     gallery_order: Int64,
@@ -78,7 +78,7 @@ def best_candidates(
 
 
 def kth_best_scores(
-    probes: Int64, gallery: Int64, scores: Float32, subject_hashes: NDArray[np.int64], rank_max: Int64
+    probes: Int64, gallery: Int64, scores: Float32, subject_hashes: NDArray[np.integer], rank_max: Int64
 ) -> Float32:
     """Per probe, float32 [n], the score of the rank_max-th best subject among m hits; -inf where fewer.
 
@@ -140,7 +140,7 @@ def _first_of_subject(
     order: Int64,
     probes: Int64,
     gallery: Int64,
-    subject_hashes: NDArray[np.int64],
+    subject_hashes: NDArray[np.integer],
     subject_of: Callable[[int], bytes],
 ) -> NDArray[np.bool_]:
     """bool [m] along `order`: the first hit of its probe, gallery and subject."""

@@ -21,7 +21,7 @@ from matcher_service.index.rows import Float16, id_hashes, joined
 from matcher_service.index.scanner import Scanner
 from matcher_service.index.search import GalleryView, View, search
 from matcher_service.index.segment import LIVE, Segment, Tail, fresh_segment
-from matcher_service.terms import EntryKind, LogEntry, SearchRequest, SearchResult, ShardStatus
+from matcher_service.terms import EntryKind, Int64, LogEntry, SearchRequest, SearchResult, ShardStatus
 
 # An open tail is scanned flat by every search; at this size it becomes a segment.
 TAIL_ROWS_MAX = 8192
@@ -100,6 +100,7 @@ class Engine:
         self._erased: list[Erased] = []
         self._restored_sequence = 0
         self._changed = False
+        self._rows_added = 0
         self._view = View(0, {})
 
     def restore(self, sequence: int, galleries: Mapping[str, GalleryState], damaged: Mapping[str, int]) -> None:
@@ -121,6 +122,11 @@ class Engine:
     def changed(self) -> bool:
         """Whether a snapshot would differ from the last one taken."""
         return self._changed
+
+    @property
+    def rows_added(self) -> int:
+        """Rows enrolled since the start."""
+        return self._rows_added
 
     @property
     def sequence(self) -> int:
@@ -247,11 +253,12 @@ class Engine:
                 positions, rows = segment.content.by_reference.candidates(hashes)
                 for position, row in zip(positions.tolist(), rows.tolist(), strict=True):
                     reference = elsewhere[position]
-                    if segment.died_at[row] == LIVE and segment.reference_id(row) == reference:
+                    if segment.is_live(row) and segment.reference_id(row) == reference:
                         entry = ended[reference]
                         segment.end(row, entry.sequence, entry.at_ms)
         if enrolled:
             _append(tail, list(enrolled), list(enrolled.values()))
+            self._rows_added += len(enrolled)
         if tail.rows >= self._tail_rows_max:
             self._freeze(gallery_id, state)
 
@@ -275,7 +282,7 @@ class Engine:
         if segment.rows:
             state.segments.append(segment)
 
-    def _note_erased(self, gallery_id: str, sequences: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
+    def _note_erased(self, gallery_id: str, sequences: Int64) -> None:
         if len(sequences):
             self._erased.append(Erased(gallery_id, len(sequences), int(sequences.min()), int(sequences.max())))
 
@@ -293,16 +300,17 @@ class Engine:
 
     # --- rewriting ---------------------------------------------------------------------------------
 
-    def rewrite_one(self, budget: CompactionBudget, now_ms: int, *, quiet: bool) -> bool:
-        """Join or clean the segments that need it most, in one gallery; False if none does.
+    def rewrite_one(self, budget: CompactionBudget, now_ms: int, *, quiet: bool) -> int:
+        """Join or clean the segments that need it most, in one gallery; the rows gone through, 0 if none does.
 
         Called by one thread at a time; searches and applying go on meanwhile.
         """
         chosen = self._choose(budget, now_ms, quiet=quiet)
         if chosen is None:
-            return False
+            return 0
         gallery_id, segments = chosen
-        kept = [np.flatnonzero(segment.died_at == LIVE) for segment in segments]
+        rows_read = sum(segment.rows for segment in segments)
+        kept = [segment.live_rows() for segment in segments]
         fresh: Segment | None = None
         if any(len(rows) for rows in kept):
             content = joined([(segment.content, rows) for segment, rows in zip(segments, kept, strict=True)])
@@ -310,22 +318,16 @@ class Engine:
         with self._writing:
             state = self._states.get(gallery_id)
             if state is None or any(segment not in state.segments for segment in segments):
-                return True  # the gallery was deleted meanwhile
+                return rows_read  # the gallery was deleted meanwhile
             state.segments = [segment for segment in state.segments if segment not in segments]
             if fresh is not None:
-                # What ended while the rows were copied ended in the old segments.
-                fresh.died_at[:] = np.concatenate(
-                    [segment.died_at[rows] for segment, rows in zip(segments, kept, strict=True)]
-                )
-                fresh.dead = int(np.count_nonzero(fresh.died_at != LIVE))
-                if fresh.dead:
-                    fresh.died_ms_min = min(segment.died_ms_min for segment in segments)
+                _carry_ends(segments, kept, fresh)
                 state.segments.append(fresh)
             for segment, rows in zip(segments, kept, strict=True):
                 self._note_erased(gallery_id, np.delete(segment.content.sequences, rows))
             self._changed = True
             self._publish([gallery_id], self._view.sequence)
-        return True
+        return rows_read
 
     def _choose(self, budget: CompactionBudget, now_ms: int, *, quiet: bool) -> tuple[str, list[Segment]] | None:
         with self._writing:
@@ -377,6 +379,17 @@ def _append(tail: Tail, references: list[bytes], entries: list[LogEntry]) -> Non
         references,
         [entry.subject_id.encode() for entry in entries],
     )
+
+
+def _carry_ends(segments: Sequence[Segment], kept: Sequence[Int64], fresh: Segment) -> None:
+    """What ended while the kept rows were copied ended in the old segments."""
+    start = 0
+    for segment, rows in zip(segments, kept, strict=True):
+        if segment.died_at is not None:
+            died_at = segment.died_at[rows]
+            for place in np.flatnonzero(died_at != LIVE).tolist():
+                fresh.end(start + place, int(died_at[place]), segment.died_ms_min)
+        start += len(rows)
 
 
 def _counts(state: GalleryState) -> tuple[int, int]:

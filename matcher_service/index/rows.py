@@ -1,6 +1,6 @@
 """Rows of references in columns: compact arrays instead of objects, 10 million of them in one process.
 
-Ids stand one after another in an arena with offsets. Subjects and references are also known by a 64-bit hash,
+Ids stand one after another in an arena with offsets. Subjects and references are also known by a 32-bit hash,
 which finds candidates for equality; the arena decides.
 """
 
@@ -23,16 +23,11 @@ Float16 = NDArray[np.float16]
 Bool = NDArray[np.bool_]
 
 
-def id_hash(name: bytes) -> int:
-    """A 64-bit signed hash of an id; the same in every process, since it is kept in files."""
-    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little", signed=True)
-
-
-def id_hashes(names: Iterable[bytes]) -> Int64:
-    """`id_hash` of each name, int64 [n]."""
+def id_hashes(names: Iterable[bytes]) -> UInt32:
+    """A 32-bit hash of each id, uint32 [n]; the same in every process, since it is kept in files."""
     blake2b = hashlib.blake2b
-    digests = b"".join([blake2b(name, digest_size=8).digest() for name in names])
-    return np.frombuffer(digests, "<i8").astype(np.int64, copy=False)
+    digests = b"".join([blake2b(name, digest_size=4).digest() for name in names])
+    return np.frombuffer(digests, "<u4").astype(np.uint32, copy=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,23 +75,23 @@ def _taken(names: Names, rows: Int64) -> UInt8:
 
 @dataclass(frozen=True, slots=True)
 class HashIndex:
-    """Finds rows by the hash of their reference: `hashes` int64 [n] ascending, `rows` uint32 [n] beside."""
+    """Finds rows by the hash of their reference: `hashes` uint32 [n] ascending, `rows` uint32 [n] beside."""
 
-    hashes: Int64
+    hashes: UInt32
     rows: UInt32
 
     @classmethod
-    def of(cls, hashes: Int64) -> HashIndex:
+    def of(cls, hashes: UInt32) -> HashIndex:
         order = np.argsort(hashes, kind="stable")
         return cls(hashes[order], order.astype(np.uint32))
 
-    def by_row(self) -> Int64:
+    def by_row(self) -> UInt32:
         """The hashes in order of the rows."""
         hashes = np.empty_like(self.hashes)
         hashes[self.rows] = self.hashes
         return hashes
 
-    def candidates(self, wanted: Int64) -> tuple[Int64, Int64]:
+    def candidates(self, wanted: UInt32) -> tuple[Int64, Int64]:
         """(positions in `wanted`, rows) of every row with one of the hashes wanted, int64 [m] each."""
         places = np.searchsorted(self.hashes, wanted)
         positions = np.arange(len(wanted))
@@ -119,13 +114,13 @@ class HashIndex:
 class Rows:
     """n immutable rows of one gallery.
 
-    `stored` float16 [n, d] C order; `sequences`, `expires_at_ms`, `subject_hashes` int64 [n].
+    `stored` float16 [n, d] C order; `sequences`, `expires_at_ms` int64 [n], `subject_hashes` uint32 [n].
     """
 
     stored: Float16
     sequences: Int64
     expires_at_ms: Int64
-    subject_hashes: Int64
+    subject_hashes: UInt32
     by_reference: HashIndex
     references: Names
     subjects: Names
@@ -169,9 +164,9 @@ class Rows:
             stored=column("stored", np.float16, 2),
             sequences=column("sequences", np.int64),
             expires_at_ms=column("expires_at_ms", np.int64),
-            subject_hashes=column("subject_hashes", np.int64),
+            subject_hashes=column("subject_hashes", np.uint32),
             by_reference=HashIndex(
-                column("reference_hashes_sorted", np.int64), column("reference_rows_sorted", np.uint32)
+                column("reference_hashes_sorted", np.uint32), column("reference_rows_sorted", np.uint32)
             ),
             references=Names(column("reference_offsets", np.uint32), column("reference_arena", np.uint8)),
             subjects=Names(column("subject_offsets", np.uint32), column("subject_arena", np.uint8)),

@@ -5,37 +5,55 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
-from matcher_service.index.flat import FlatScanner
-from matcher_service.index.rows import Float16
+from matcher_service.index.choose import ROWS_MIN
+from matcher_service.index.fastscan import FastScanScanners
 from matcher_service.index.scanner import Scanner
+from matcher_service.index.wide import WideScanner
+
+# Templates of at most so many values are held as float32 too: 32 MiB.
+_WIDE_VALUES_MAX = 1 << 23
 
 
 class Scanners(Protocol):
     """Makes scanners, and turns them into arrays and back."""
 
-    def build(self, stored: Float16) -> Scanner:
+    def build(self, stored: NDArray[np.float16]) -> Scanner:
         """A scanner over rows that nobody has scanned yet."""
         ...
 
     def arrays(self, scanner: Scanner) -> Mapping[str, NDArray[Any]]:
-        """What `load` needs beside the stored rows so as to compute nothing again; {} for a flat scan."""
+        """What `load` needs beside the stored rows so as to compute nothing again; {} for a full scan."""
         ...
 
-    def load(self, stored: Float16, arrays: Mapping[str, NDArray[Any]]) -> Scanner:
+    def load(self, stored: NDArray[np.float16], arrays: Mapping[str, NDArray[Any]]) -> Scanner:
         """The scanner that had these arrays. Raises DataDamaged if they make no sense."""
         ...
 
+    def close(self) -> None: ...
 
-class FlatScanners:
-    """Scans every segment in full."""
 
-    def build(self, stored: Float16) -> Scanner:
-        return FlatScanner(stored)
+class BySize:
+    """Full scans for few rows, coded ones where they pay. `threads` scan the parts of a segment side by side."""
+
+    def __init__(self, threads: int = 1) -> None:
+        self._coded = FastScanScanners(threads)
+
+    def build(self, stored: NDArray[np.float16]) -> Scanner:
+        return self._coded.build(stored) if len(stored) >= ROWS_MIN else self._full(stored)
 
     def arrays(self, scanner: Scanner) -> Mapping[str, NDArray[Any]]:
-        return {}
+        return {} if isinstance(scanner, WideScanner) else self._coded.arrays(scanner)
 
-    def load(self, stored: Float16, arrays: Mapping[str, NDArray[Any]]) -> Scanner:
-        return FlatScanner(stored)
+    def load(self, stored: NDArray[np.float16], arrays: Mapping[str, NDArray[Any]]) -> Scanner:
+        return self._coded.load(stored, arrays) if arrays else self._full(stored)
+
+    def close(self) -> None:
+        self._coded.close()
+
+    def _full(self, stored: NDArray[np.float16]) -> Scanner:
+        if stored.size <= _WIDE_VALUES_MAX:
+            return WideScanner(stored, stored.astype(np.float32))
+        return self._coded.load(stored, {})

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from matcher_service.errors import InvalidInput
+from matcher_service.index.rows import UInt32
 from matcher_service.index.scanner import Hits
 from matcher_service.index.segment import Part
 from matcher_service.merge import best_candidates, kth_best_scores, offsets_of, order_of
@@ -57,7 +58,7 @@ class _Table(NamedTuple):
     part: Int64
     rows: Int64
     scores: Float32
-    subjects: Int64
+    subjects: UInt32
 
 
 def search(view: View, request: SearchRequest) -> SearchResult:
@@ -150,8 +151,11 @@ class _Search:
         """The hits that are neither ended nor expired."""
         rows = hits.rows
         if not len(rows):
-            return _table(chosen[:0], 0, 0, rows, hits.scores, rows)
-        live = (part.died_at[rows] > sequence) & (part.expires_at_ms[rows] > self._request.at_ms)
+            return _table(chosen[:0], 0, 0, rows, hits.scores, rows.astype(np.uint32))
+        live = part.expires_at_ms[rows] > self._request.at_ms
+        died_at = part.died_at
+        if died_at is not None:
+            live &= died_at[rows] > sequence
         probes = np.repeat(chosen, np.diff(hits.offsets))[live]
         rows = rows[live]
         return _table(probes, number, len(self._parts), rows, hits.scores[live], part.subject_hashes[rows])
@@ -221,7 +225,7 @@ class _Search:
         )
 
 
-def _table(probes: Int64, number: int, part: int, rows: Int64, scores: Float32, subjects: Int64) -> _Table:
+def _table(probes: Int64, number: int, part: int, rows: Int64, scores: Float32, subjects: UInt32) -> _Table:
     count = len(rows)
     return _Table(probes, np.full(count, number), np.full(count, part), rows, scores, subjects)
 
@@ -236,5 +240,5 @@ def _joined(tables: Sequence[_Table]) -> _Table:
         return tables[0]
     if not tables:
         none = np.empty(0, np.int64)
-        return _Table(none, none, none, none, none.astype(np.float32), none)
+        return _Table(none, none, none, none, none.astype(np.float32), none.astype(np.uint32))
     return _Table(*(np.concatenate(columns) for columns in zip(*tables, strict=True)))

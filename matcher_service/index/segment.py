@@ -13,10 +13,10 @@ from typing import Protocol
 
 import numpy as np
 
-from matcher_service.index.flat import best_flat, gather, scan_flat
-from matcher_service.index.rows import Float16, HashIndex, Names, Rows, id_hashes, joined
-from matcher_service.index.scanner import Hits, Scanner
+from matcher_service.index.rows import Float16, HashIndex, Names, Rows, UInt32, id_hashes, joined
+from matcher_service.index.scanner import Scanner
 from matcher_service.index.score import norms
+from matcher_service.index.wide import WideScanner
 from matcher_service.terms import Float32, Int64
 
 LIVE = np.iinfo(np.int64).max
@@ -28,16 +28,17 @@ _TAIL_ROW_OVERHEAD = 400
 
 
 class Part(Protocol):
-    """What a search needs of a part. `died_at`, `expires_at_ms`, `subject_hashes` int64 [>= rows]."""
+    """What a search needs of a part. `died_at` int64 [>= rows] or None (no row has ended), `expires_at_ms`
+    int64 and `subject_hashes` uint32 [>= rows]."""
 
     @property
     def rows(self) -> int: ...
     @property
-    def died_at(self) -> Int64: ...
+    def died_at(self) -> Int64 | None: ...
     @property
     def expires_at_ms(self) -> Int64: ...
     @property
-    def subject_hashes(self) -> Int64: ...
+    def subject_hashes(self) -> UInt32: ...
     @property
     def scanner(self) -> Scanner: ...
     def reference_id(self, row: int) -> bytes: ...
@@ -57,12 +58,12 @@ class SealedFile:
 @dataclass(eq=False, slots=True)
 class Segment:
     """Fixed rows with a scanner over them. `died_at` int64 [n] holds the sequence that ended each row, LIVE
-    while none has; it is written by the one who applies entries. `dead` counts the rows ended, `died_ms_min`
-    is the log time of the first of these."""
+    where none has, and is None until the first row ends; it is written by the one who applies entries. `dead`
+    counts the rows ended, `died_ms_min` is the log time of the first of these."""
 
     content: Rows
     scanner: Scanner
-    died_at: Int64
+    died_at: Int64 | None = None
     dead: int = 0
     died_ms_min: int = NEVER_MS
     file: SealedFile | None = None
@@ -80,7 +81,7 @@ class Segment:
         return self.content.expires_at_ms
 
     @property
-    def subject_hashes(self) -> Int64:
+    def subject_hashes(self) -> UInt32:
         return self.content.subject_hashes
 
     def reference_id(self, row: int) -> bytes:
@@ -90,40 +91,34 @@ class Segment:
         return self.content.subjects[row]
 
     def end(self, row: int, sequence: int, at_ms: int) -> None:
+        """Note the end of a row, unless it has ended."""
+        if not self.is_live(row):
+            return
+        if self.died_at is None:
+            self.died_at = np.full(self.rows, LIVE, np.int64)
         self.died_at[row] = sequence
         self.dead += 1
         self.died_ms_min = min(self.died_ms_min, at_ms)
+
+    def is_live(self, row: int) -> bool:
+        return self.died_at is None or bool(self.died_at[row] == LIVE)
+
+    def live_rows(self) -> Int64:
+        """The rows that have not ended, int64, ascending."""
+        return np.arange(self.rows) if self.died_at is None else np.flatnonzero(self.died_at == LIVE)
 
     def code_bytes(self) -> int:
         """Bytes that the scanner holds beyond the stored rows."""
         return max(0, self.scanner.bytes_in_memory() - self.content.stored.nbytes)
 
     def bytes_in_memory(self) -> int:
-        return self.content.bytes_in_memory() + self.died_at.nbytes + self.code_bytes()
+        ends = 0 if self.died_at is None else self.died_at.nbytes
+        return self.content.bytes_in_memory() + ends + self.code_bytes()
 
 
 def fresh_segment(content: Rows, scanner: Scanner) -> Segment:
     """A segment none of whose rows has ended."""
-    return Segment(content, scanner, np.full(len(content), LIVE, np.int64))
-
-
-class QuickFlat:
-    """A flat scan that costs nothing to make: the greatest norm of the stored rows is known beforehand."""
-
-    def __init__(self, stored: Float16, row_norm_max: float) -> None:
-        self.rows = len(stored)
-        self._stored = stored
-        self._row_norm_max = row_norm_max
-
-    def scan(self, probes: Float32, floors: Float32) -> Hits:
-        found = scan_flat(self._stored, self._row_norm_max, probes, floors)
-        return gather(found, np.zeros(len(probes), np.bool_))
-
-    def guess(self, probes: Float32, count: int) -> Hits:
-        return gather(best_flat(self._stored, probes, count), np.zeros(len(probes), np.bool_))
-
-    def bytes_in_memory(self) -> int:
-        return int(self._stored.nbytes)
+    return Segment(content, scanner)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -133,7 +128,7 @@ class TailView:
     rows: int
     died_at: Int64
     expires_at_ms: Int64
-    subject_hashes: Int64
+    subject_hashes: UInt32
     scanner: Scanner
     references: list[bytes]
     subjects: list[bytes]
@@ -154,9 +149,10 @@ class Tail:
         self.dead = 0
         self.died_ms_min = NEVER_MS
         self.stored: Float16 = np.empty((0, dimension), np.float16)
+        self.wide: Float32 = np.empty((0, dimension), np.float32)
         self.sequences: Int64 = np.empty(0, np.int64)
         self.expires_at_ms: Int64 = np.empty(0, np.int64)
-        self.subject_hashes: Int64 = np.empty(0, np.int64)
+        self.subject_hashes: UInt32 = np.empty(0, np.uint32)
         self.died_at: Int64 = np.empty(0, np.int64)
         self.references: list[bytes] = []
         self.subjects: list[bytes] = []
@@ -172,6 +168,7 @@ class Tail:
         start, stop = self.rows, self.rows + count
         self._reserve(stop)
         self.stored[start:stop] = stored
+        self.wide[start:stop] = stored
         self.sequences[start:stop] = sequences
         self.expires_at_ms[start:stop] = expires_at_ms
         self.subject_hashes[start:stop] = id_hashes(subjects)
@@ -179,7 +176,7 @@ class Tail:
         self.references.extend(references)
         self.subjects.extend(subjects)
         self.row_of.update(zip(references, range(start, stop), strict=True))
-        self._row_norm_max = max(self._row_norm_max, float(norms(stored).max(initial=0.0)))
+        self._row_norm_max = max(self._row_norm_max, float(norms(self.wide[start:stop]).max(initial=0.0)))
         self.rows = stop
 
     def _reserve(self, rows: int) -> None:
@@ -187,7 +184,7 @@ class Tail:
         if rows <= held:
             return
         room = max(rows, 2 * held, _TAIL_ROWS_FIRST)
-        for name in ("stored", "sequences", "expires_at_ms", "subject_hashes", "died_at"):
+        for name in ("stored", "wide", "sequences", "expires_at_ms", "subject_hashes", "died_at"):
             old = getattr(self, name)
             new = np.empty((room, *old.shape[1:]), old.dtype)
             new[: self.rows] = old[: self.rows]
@@ -204,17 +201,18 @@ class Tail:
             died_at=self.died_at,
             expires_at_ms=self.expires_at_ms,
             subject_hashes=self.subject_hashes,
-            scanner=QuickFlat(self.stored[: self.rows], self._row_norm_max),
+            scanner=WideScanner(self.stored[: self.rows], self.wide[: self.rows], self._row_norm_max),
             references=self.references,
             subjects=self.subjects,
         )
 
     def frozen(self) -> Segment:
-        """The live rows as a segment with a flat scan."""
-        content = self._content()
+        """The live rows as a segment with a full scan."""
+        content, wide = self._content(), self.wide[: self.rows]
         if self.dead:
-            content = joined([(content, np.flatnonzero(self.died_at[: self.rows] == LIVE))])
-        return fresh_segment(content, QuickFlat(content.stored, self._row_norm_max))
+            live = np.flatnonzero(self.died_at[: self.rows] == LIVE)
+            content, wide = joined([(content, live)]), wide[live]
+        return fresh_segment(content, WideScanner(content.stored, wide, self._row_norm_max))
 
     def dead_sequences(self) -> Int64:
         """Sequences of the rows that have ended."""
@@ -233,4 +231,4 @@ class Tail:
         )
 
     def bytes_in_memory(self) -> int:
-        return self.stored.nbytes + self.rows * _TAIL_ROW_OVERHEAD
+        return self.stored.nbytes + self.wide.nbytes + self.rows * _TAIL_ROW_OVERHEAD

@@ -146,8 +146,9 @@ class Snapshots:
             one = ends[place]
             if len(one.rows) and not 0 <= int(one.rows.min()) <= int(one.rows.max()) < len(content):
                 raise DataDamaged(f"{files.state.name} ends rows that {file.name} does not have")
-            segment.died_at[one.rows] = one.died_at
-            segment.dead, segment.died_ms_min, segment.file = len(one.rows), one.died_ms_min, file
+            for row, died_at in zip(one.rows.tolist(), one.died_at.tolist(), strict=True):
+                segment.end(row, died_at, one.died_ms_min)
+            segment.file = file
             return segment
 
         with ThreadPoolExecutor(_LOADS_AT_ONCE, "load") as pool:
@@ -240,6 +241,7 @@ def read_rows(disk: Disk, gallery_id: str, file: SealedFile, key: bytes) -> tupl
 
 def _ended(segment: Segment, sequence: int) -> Ended:
     """What had ended by `sequence`; later ends are in the log behind it."""
-    died_at = segment.died_at.copy()
+    none = np.empty(0, np.int64)
+    died_at = none if segment.died_at is None else segment.died_at.copy()
     rows = np.flatnonzero((died_at != LIVE) & (died_at <= sequence))
     return Ended(rows, died_at[rows], segment.died_ms_min)

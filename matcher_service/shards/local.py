@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import faiss
 import structlog
 
 from matcher_service.errors import ShuttingDown
 from matcher_service.index.compaction import CompactionBudget
 from matcher_service.index.disk import Disk
 from matcher_service.index.engine import Engine, Erased
+from matcher_service.index.fastscan import one_thread
 from matcher_service.index.memory import budget_bytes
-from matcher_service.index.scanners import FlatScanners, Scanners
+from matcher_service.index.scanners import BySize, Scanners
 from matcher_service.index.snapshots import Key, Snapshots
 from matcher_service.records import decode_gallery
 from matcher_service.seams import Clock
@@ -33,8 +33,13 @@ from matcher_service.terms import LogEntry, SearchRequest, SearchResult, ShardSt
 ERASE_WITHIN_S = 3600.0
 # Searches at once; each uses `index.threads` cores in its inner loops.
 SEARCHES_AT_ONCE = 2
-# Without a new entry for this long, segments are joined more eagerly.
-QUIET_S = 2.0
+# Rows that may come in, to be scanned in full, while one rewrite goes on; bounds how large it may be.
+ARRIVING_ROWS_MAX = 65_536
+REWRITE_ROWS_MIN = 32_768
+# Below this rate of arrival, in rows/s, segments are joined more eagerly.
+QUIET_ROWS_PER_S = 100.0
+# Rewriting speed taken for granted until it was measured, in rows/s.
+_REWRITE_ROWS_PER_S = 20_000.0
 # The files are written anew after so many entries, or so long after the first change.
 SNAPSHOT_ENTRIES = 131_072
 SNAPSHOT_S = 60.0
@@ -58,34 +63,51 @@ class Upkeep:
         return self.more
 
 
+class Arrivals:
+    """How fast rows come in, smoothed over a second or so."""
+
+    def __init__(self, now: float) -> None:
+        self._at = now
+        self._rows = 0
+        self._rate = 0.0
+
+    def rate(self, rows: int, now: float) -> float:
+        """Rows/s, given all the rows that have come by `now`, in monotonic seconds."""
+        elapsed = now - self._at
+        if elapsed >= 0.1:
+            weight = min(1.0, elapsed)
+            self._rate += weight * ((rows - self._rows) / elapsed - self._rate)
+            self._at, self._rows = now, rows
+        return self._rate
+
+
 class LocalShard:
     """A ReplayedShard over the index engine. Made by `open`; upkeep is one call of `maintain` after another."""
 
     def __init__(
-        self, engine: Engine, snapshots: Snapshots, settings: IndexSettings, clock: Clock, erase_within_s: float
+        self,
+        engine: Engine,
+        snapshots: Snapshots,
+        scanners: Scanners,
+        settings: IndexSettings,
+        clock: Clock,
+        erase_within_s: float,
     ) -> None:
         self._engine = engine
         self._snapshots = snapshots
+        self._scanners = scanners
         self._clock = clock
+        self._segment_rows_max = settings.segment_rows_max
         # Half the time is left for the rounds of other galleries and for writing the files anew.
-        self._budget = CompactionBudget(settings.segment_rows_max, int(erase_within_s * 1000 / 2))
-        self._applied_at = clock.monotonic()
+        self._erase_after_ms = int(erase_within_s * 1000 / 2)
+        self._arrivals = Arrivals(clock.monotonic())
+        self._rewrite_rows_per_s = _REWRITE_ROWS_PER_S
         self._snapshot_at = clock.monotonic()
         self._snapshot_sequence = engine.sequence
         self._closed = False
-        threads = settings.threads or len(os.sched_getaffinity(0))
-
-        def prepare() -> None:
-            faiss.omp_set_num_threads(threads)
-
-        def prepare_background() -> None:
-            faiss.omp_set_num_threads(threads)
-            # Of this thread and of those that it starts, not of the process.
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BACKGROUND_NICENESS)
-
-        self._searching = ThreadPoolExecutor(SEARCHES_AT_ONCE, "search", prepare)
-        self._applying = ThreadPoolExecutor(1, "apply", prepare)
-        self._tending = ThreadPoolExecutor(1, "tend", prepare_background)
+        self._searching = ThreadPoolExecutor(SEARCHES_AT_ONCE, "search", one_thread)
+        self._applying = ThreadPoolExecutor(1, "apply", one_thread)
+        self._tending = ThreadPoolExecutor(1, "tend", _prepare_background)
 
     @classmethod
     async def open(
@@ -104,7 +126,7 @@ class LocalShard:
         `key` gives the 32-byte key of a gallery; None, or NotFound raised, where it was destroyed. Rows that
         ended leave memory and files within `erase_within_s`. Raises StartRefused if a newer release wrote them.
         """
-        opened = scanners or FlatScanners()
+        opened = scanners or BySize(settings.threads or len(os.sched_getaffinity(0)))
         snapshots = Snapshots(Disk(directory), key, opened)
         engine = Engine(
             build=opened.build,
@@ -114,7 +136,7 @@ class LocalShard:
         )
         restored = await asyncio.to_thread(snapshots.restore)
         engine.restore(restored.sequence, restored.galleries, restored.damaged)
-        return cls(engine, snapshots, settings, clock, erase_within_s)
+        return cls(engine, snapshots, opened, settings, clock, erase_within_s)
 
     @property
     def applied_sequence(self) -> int:
@@ -125,7 +147,6 @@ class LocalShard:
 
     async def apply(self, entries: Sequence[LogEntry]) -> None:
         if entries:
-            self._applied_at = self._clock.monotonic()
             await self._run(self._applying, lambda: self._engine.apply(entries))
 
     async def status(self) -> ShardStatus:
@@ -137,7 +158,13 @@ class LocalShard:
 
     def _tend(self) -> Upkeep:
         now = self._clock.monotonic()
-        more = self._engine.rewrite_one(self._budget, self._clock.wall_ms(), quiet=now - self._applied_at > QUIET_S)
+        rate = self._arrivals.rate(self._engine.rows_added, now)
+        rows_max = max(REWRITE_ROWS_MIN, int(ARRIVING_ROWS_MAX * self._rewrite_rows_per_s / max(rate, 1.0)))
+        budget = CompactionBudget(min(rows_max, self._segment_rows_max), self._erase_after_ms)
+        rows = self._engine.rewrite_one(budget, self._clock.wall_ms(), quiet=rate < QUIET_ROWS_PER_S)
+        took = self._clock.monotonic() - now
+        if rows >= REWRITE_ROWS_MIN and took > 0:
+            self._rewrite_rows_per_s = rows / took
         entries = self._engine.sequence - self._snapshot_sequence
         due = entries >= SNAPSHOT_ENTRIES or now - self._snapshot_at >= SNAPSHOT_S
         erased: tuple[Erased, ...] = ()
@@ -148,7 +175,7 @@ class LocalShard:
             except OSError as error:
                 # The log is the truth: nothing is lost, but a restart replays more and erasure waits.
                 _log.error("index_files_not_written", detail=str(error), hint="free space in the data directory")
-        return Upkeep(more, erased, self._clock.wall_ms())
+        return Upkeep(rows > 0, erased, self._clock.wall_ms())
 
     def _write_files(self) -> tuple[Erased, ...]:
         snapshot = self._engine.snapshot()
@@ -177,6 +204,13 @@ class LocalShard:
         if self._engine.changed:
             await asyncio.get_running_loop().run_in_executor(self._tending, self._write_files)
         await asyncio.to_thread(self._tending.shutdown)
+        self._scanners.close()
+
+
+def _prepare_background() -> None:
+    one_thread()
+    # Of this thread and of those that it starts, not of the process.
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BACKGROUND_NICENESS)
 
 
 def _dimension_of(entry: LogEntry) -> int:
