@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from matcher_service.bootstrap import Running, running
 from matcher_service.client import MatcherClient, ProbeAnswer, Probes, ReferenceReceipt, References
+from matcher_service.seams import Clock
 from matcher_service.settings import Settings, load
 from matcher_service.terms import (
     Actor,
@@ -41,7 +42,7 @@ def settings_for(data_dir: Path, **sections: dict[str, Any]) -> Settings:
 
 
 @dataclass
-class Tested:
+class WholeService:
     """A running service with a client, and the few things most tests do first."""
 
     running: Running
@@ -122,8 +123,10 @@ class Tested:
 
 
 @asynccontextmanager
-async def whole_service(data_dir: Path, **sections: dict[str, Any]) -> AsyncIterator[Tested]:
-    async with running(settings_for(data_dir, **sections)) as service:
+async def whole_service(
+    data_dir: Path, clock: Clock | None = None, **sections: dict[str, Any]
+) -> AsyncIterator[WholeService]:
+    async with running(settings_for(data_dir, **sections), clock) as service:
         async with MatcherClient(f"127.0.0.1:{service.grpc_port}", service.token) as client:
-            yield Tested(service, client)
+            yield WholeService(service, client)
         assert not service.failed.is_set()
