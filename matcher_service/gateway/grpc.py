@@ -26,7 +26,7 @@ from matcher_service.errors import MatcherError, Overloaded, ShuttingDown, Start
 from matcher_service.gateway import decode, encode, refusals
 from matcher_service.gateway.grpc_health import HEALTH_SERVICE, Health
 from matcher_service.gateway.service import Service
-from matcher_service.terms import Actor
+from matcher_service.terms import Actor, IdentifyReply
 from matcher_service.wire import matcher_pb2 as pb
 
 Reply = TypeVar("Reply", bound=Message)
@@ -124,6 +124,8 @@ class MatcherEdge:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._limits = service.settings.limits
+        self._decode_seconds = service.metrics.station_seconds.labels("decode")
+        self._encode_seconds = service.metrics.station_seconds.labels("encode")
         self._open_streams = 0
         self._draining = False
         # The one task of each stream that takes in more; cancelling it is how a stream is drained.
@@ -143,10 +145,8 @@ class MatcherEdge:
 
     async def identify(self, data: bytes, context: CallContext) -> pb.IdentifyReply | None:
         async def work(actor: Actor) -> pb.IdentifyReply:
-            message = decode.probe_message(
-                decode.parse(pb.IdentifyRequest, data), self._limits, actor, self._now(), context.time_remaining()
-            )
-            reply = await self._service.identify(message)
+            request = decode.parse(pb.IdentifyRequest, data)
+            reply = await self._identified(request, actor, context.time_remaining())
             if refusal := refusals.of_all_probes(reply.decisions):
                 raise refusal
             return encode.identify_reply(reply)
@@ -188,6 +188,12 @@ class MatcherEdge:
     async def enrol(self, _requests: object, context: CallContext) -> None:
         await self._converse("enrol", self._enrol_or_refuse, context)
 
+    async def _identified(self, request: pb.IdentifyRequest, actor: Actor, remaining_s: float | None) -> IdentifyReply:
+        began = self._now()
+        message = decode.probe_message(request, self._limits, actor, began, remaining_s)
+        self._decode_seconds.observe(self._now() - began)
+        return await self._service.identify(message)
+
     async def _identify_or_refuse(
         self, data: bytes, actor: Actor, remaining_s: float | None
     ) -> tuple[pb.IdentifyReply, str]:
@@ -195,8 +201,11 @@ class MatcherEdge:
         request = None
         try:
             request = decode.parse(pb.IdentifyRequest, data)
-            message = decode.probe_message(request, self._limits, actor, self._now(), remaining_s)
-            return encode.identify_reply(await self._service.identify(message)), "ok"
+            answered = await self._identified(request, actor, remaining_s)
+            began = self._now()
+            encoded = encode.identify_reply(answered)
+            self._encode_seconds.observe(self._now() - began)
+            return encoded, "ok"
         except MatcherError as refused:
             refusal = refused
         except Exception as error:
