@@ -22,12 +22,13 @@ BINS = 200
 DIMENSION_MIN = 64  # below, the law's tail is as wide as the scores
 ROWS_MIN = 2000
 _SAMPLE_PROBES = 256
+_DUPLICATE = 0.9
 _SAMPLE_ROWS = 8192
-_PASS_NS = 0.4  # of a pass, per row, beside its tables
-_TABLE_NS = 0.02  # per row and table
+_PASS_NS = 0.05  # of a pass, per row, beside its tables
+_TABLE_NS = 0.0082  # per row and table
 _RESCORE_NS = 0.8  # per row taken and dimension
-_CONVERT_NS = 0.4  # of a full scan, per row and dimension, whatever the number of probes
-_PRODUCT_NS = 0.016  # of a full scan, per row, dimension and probe
+_CONVERT_NS = 0.45  # of a full scan, per row and dimension, whatever the number of probes
+_PRODUCT_NS = 0.03  # of a full scan, per row, dimension and probe
 
 
 class Rate(NamedTuple):
@@ -45,7 +46,7 @@ def blocks(dimension: int) -> tuple[int, ...]:
     if not possible or dimension < DIMENSION_MIN:
         return ()
     fine = possible[-1:]
-    coarse = tuple(block for block in possible if block == 4 * fine[0])
+    coarse = tuple(block for block in possible if block == 2 * fine[0])
     return coarse + fine
 
 
@@ -55,7 +56,10 @@ def worth_codes(rows: int, dimension: int) -> bool:
 
 
 def sample_cosines(stored: NDArray[np.float16]) -> Float64:
-    """The distribution of the cosines between stored rows, float64 [BINS]: shares of [-1, 1] in equal bins."""
+    """The distribution of the cosines between stored rows, float64 [BINS]: shares of [-1, 1] in equal bins.
+
+    Pairs of near duplicates are left out: a probe that meets a crowd of them is found out as it is scanned.
+    """
     rows = stored.shape[0]
     if rows < 2:
         return np.full(BINS, 1 / BINS)
@@ -63,7 +67,7 @@ def sample_cosines(stored: NDArray[np.float16]) -> Float64:
     second = np.unique(np.linspace(0, rows - 1, _SAMPLE_ROWS).astype(np.int64))
     some, others = stored[first].astype(np.float32), stored[second].astype(np.float32)
     cosines = (some @ others.T)[first[:, None] != second[None, :]]
-    counts, _ = np.histogram(np.clip(cosines, -1, 1), bins=BINS, range=(-1, 1))
+    counts, _ = np.histogram(cosines[cosines < _DUPLICATE], bins=BINS, range=(-1, 1))
     return np.asarray(counts / max(1, counts.sum()))
 
 
