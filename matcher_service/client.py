@@ -802,6 +802,7 @@ _ERROR_OF_CAUSE: dict[Cause, type[MatcherError]] = {
     Cause.LOG_UNAVAILABLE: errors.LogUnavailable,
     Cause.AUDIT_UNAVAILABLE: errors.AuditUnavailable,
     Cause.SHARD_UNAVAILABLE: errors.ShardUnavailable,
+    Cause.MODELS_UNAVAILABLE: errors.ModelsUnavailable,
     Cause.REPLAY_BEHIND: errors.ReplayBehind,
     Cause.MEMORY_REFUSED: errors.MemoryRefused,
     Cause.INTERNAL: errors.ServiceFault,

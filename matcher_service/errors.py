@@ -17,6 +17,7 @@ MatcherError
 │   ├── LogUnavailable          the gallery log cannot be read or written
 │   ├── AuditUnavailable        the audit cannot be written, so nothing may be disclosed
 │   ├── ShardUnavailable        a part of the galleries did not answer
+│   ├── ModelsUnavailable       the models did not answer
 │   ├── ReplayBehind            the sequence asked for is not yet applied
 │   └── MemoryRefused           the memory budget does not hold what was asked
 ├── DataDamaged                 stored bytes fail their authentication or make no sense
@@ -126,6 +127,10 @@ class AuditUnavailable(ServiceFault):
 
 class ShardUnavailable(ServiceFault):
     default_cause = Cause.SHARD_UNAVAILABLE
+
+
+class ModelsUnavailable(ServiceFault):
+    default_cause = Cause.MODELS_UNAVAILABLE
 
 
 class ReplayBehind(ServiceFault):
