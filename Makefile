@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 CORES := $(shell nproc 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long lint bench bench-search wire clean
+.PHONY: help demo test test-cluster test-long lint bench bench-search wire clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -25,6 +25,11 @@ $(VENV)/.dev: $(VENV)/.core
 	@$(PIP) -e '.[cpu,dev]'
 	@touch $@
 
+$(VENV)/.cluster: $(VENV)/.dev
+	@echo "Installing the Triton client and the embedder into $(VENV)"
+	@$(PIP) -e '.[cpu,dev,triton,embedder]'
+	@touch $@
+
 $(VENV)/.bench: $(VENV)/.core
 	@echo "Installing the benchmark's rivals into $(VENV)"
 	@$(PIP) -e '.[cpu,bench]'
@@ -38,7 +43,10 @@ test: $(VENV)/.dev  ## lint, types and the default tests
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
-	@$(BIN)/python -m pytest -m 'not slow'
+	@$(BIN)/python -m pytest -m 'not slow and not cluster'
+
+test-cluster: $(VENV)/.cluster  ## the tests on a real Triton server, which is set up in .venv-triton
+	@$(BIN)/python -m pytest -m cluster
 
 test-long: $(VENV)/.dev  ## the long forms: crash loops, state machines
 	@$(BIN)/python -m pytest -m slow
@@ -59,4 +67,4 @@ wire: $(VENV)/.dev  ## regenerate the code of matcher_service/wire/matcher.proto
 	    --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy matcher_service/wire/matcher.proto
 
 clean:  ## remove the virtual environment and the caches
-	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	@rm -rf $(VENV) .venv-triton .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import numpy as np
 import pytest
@@ -14,7 +15,25 @@ from matcher_service.models.template_adapter import adapt
 from matcher_service.seams import Models
 from matcher_service.terms import Cause, ScoreTable, SpaceId, SpaceMap, TemplateSpace
 
-IMPLEMENTATIONS: dict[str, Callable[[], Models]] = {"local": LocalModels}
+
+@asynccontextmanager
+async def local(request: pytest.FixtureRequest) -> AsyncIterator[Models]:
+    yield LocalModels()
+
+
+@asynccontextmanager
+async def on_triton(request: pytest.FixtureRequest) -> AsyncIterator[Models]:
+    from matcher_service.models.triton import TritonAddress, TritonModels
+
+    served = request.getfixturevalue("served_models")
+    opened = await TritonModels.open(TritonAddress((served.grpc_endpoint,), call_s_max=20.0, attempt_s_max=20.0))
+    try:
+        yield opened
+    finally:
+        await opened.close()
+
+
+IMPLEMENTATIONS = [pytest.param(local, id="local"), pytest.param(on_triton, id="triton", marks=pytest.mark.cluster)]
 
 TABLE = ScoreTable((0.1, 0.3, 0.6), (1.0, 1e-2, 1e-5), "made up")
 
@@ -33,12 +52,12 @@ MAIN = TemplateSpace(
 )
 
 
-@pytest.fixture(params=sorted(IMPLEMENTATIONS))
-async def models(request: pytest.FixtureRequest) -> Models:
-    made = IMPLEMENTATIONS[request.param]()
-    await made.register(OTHER)
-    await made.register(MAIN)
-    return made
+@pytest.fixture(params=IMPLEMENTATIONS)
+async def models(request: pytest.FixtureRequest) -> AsyncIterator[Models]:
+    async with request.param(request) as made:
+        await made.register(OTHER)
+        await made.register(MAIN)
+        yield made
 
 
 @pytest.mark.parametrize("rows", [1, 3, 64, 257, 5000])

@@ -1,0 +1,48 @@
+"""One real tritonserver for the session, over the repository's own models as they are assembled for a CPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.served_triton import ServedTriton
+from tests.cluster.server_environment import ROOT, CannotServe, ServerEnvironment, prepare
+
+MODELS = ROOT / "triton_models"
+
+
+@pytest.fixture(scope="session")
+def server_environment() -> ServerEnvironment:
+    """Skips, saying why, where a server cannot be had; where continuous integration runs, that is a failure."""
+    try:
+        return prepare()
+    except CannotServe as reason:
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"no tritonserver: {reason}")
+        pytest.skip(f"no tritonserver: {reason}")
+
+
+@pytest.fixture(scope="session")
+def served_models(
+    server_environment: ServerEnvironment, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServedTriton]:
+    """A server that is ready with template_adapter, score_calibrator and face_embedder."""
+    folder = tmp_path_factory.mktemp("triton")
+    served = ServedTriton(server_environment, repository_for_cpu(folder / "models"), folder / "server.log")
+    served.start()
+    try:
+        yield served
+    finally:
+        served.stop()
+
+
+def repository_for_cpu(into: Path, *, models: tuple[str, ...] = ("template_adapter", "score_calibrator")) -> Path:
+    """The models, with their instance groups for a machine without a GPU."""
+    import shutil
+
+    for name in models:
+        shutil.copytree(MODELS / name, into / name)
+    return into
