@@ -10,7 +10,7 @@ floor, or none, is `choose.py`'s to say; no choice changes an answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from matcher_service.errors import DataDamaged
 from matcher_service.index import certificate, choose
 from matcher_service.index.codes import Codes, CodesBuilder, blocks_for, packed_size
-from matcher_service.index.flat import FlatScanner, best_flat, gather, scan_flat
+from matcher_service.index.flat import FlatScanner, Found, best_flat, gather, scan_flat, side_by_side
 from matcher_service.index.rotation import draw_rotation, rotate
 from matcher_service.index.scanner import Hits, Scanner
 from matcher_service.index.score import float32_margin, norms, pair_products, pair_scores
@@ -56,7 +56,7 @@ class FastScanScanner:
         self.rows, self._dimension = int(stored.shape[0]), int(stored.shape[1])
         self._stored = stored
         self._state = {name: state[name] for name in ("rotation", "always", "norms", "cosines")}
-        self._rotation: Float32 = np.asarray(state["rotation"], np.float32)
+        self._rotation: Float32 = np.ascontiguousarray(state["rotation"], np.float32)
         self._always: Int64 = np.asarray(state["always"], np.int64)
         self._norm_max, self._coded_norm_max = (float(norm) for norm in state["norms"])
         self._cosines: Float64 = np.asarray(state["cosines"], np.float64)
@@ -101,50 +101,45 @@ class FastScanScanner:
             near, served = self._filter(self._codes[block], probes, floors, probe_norms, mine)
             certified[mine[served]] = True
             found.extend(near)
-        probe, row, score = self._exact(found, certified, probes, floors)
+        hits = [self._exact(found, certified, probes, floors)]
         whole = np.flatnonzero(~certified)
         if whole.size:
-            flat = scan_flat(self._stored, self._norm_max, probes[whole], floors[whole])
-            probe = np.concatenate([probe, np.repeat(whole, [one.rows.size for one in flat])])
-            row = np.concatenate([row, *[one.rows for one in flat]])
-            score = np.concatenate([score, *[one.scores for one in flat]])
-        by_probe = np.argsort(probe, kind="stable")
-        offsets = np.zeros(count + 1, np.int64)
-        np.cumsum(np.bincount(probe, minlength=count), out=offsets[1:])
-        return Hits(offsets, row[by_probe], score[by_probe], certified)
+            flat = scan_flat(self._stored, self._norm_max, probes[whole], floors[whole], self._executor)
+            hits.append(flat._replace(probes=whole[flat.probes]))
+        return gather(hits, certified)
 
     def guess(self, probes: Float32, count: int) -> Hits:
+        """By the estimates of the coarsest codes, then by score."""
+        none = np.zeros(len(probes), np.bool_)
         wanted = min(count, self.rows)
-        if wanted <= 0 or not self._codes:
-            return gather(best_flat(self._stored, probes, count), np.zeros(len(probes), np.bool_))
+        if wanted <= 0 or not len(probes) or not self._codes:
+            return gather([best_flat(self._stored, probes, count)], none)
         codes = self._codes[max(self._codes)]
         rotated = rotate(probes, self._rotation)
-        taken = max(16, 4 * wanted)
-        rows = np.concatenate(
-            [part for part in self._run([_best(codes, number, rotated, taken) for number in range(codes.parts)])]
-            + [np.broadcast_to(self._always, (len(probes), self._always.size))],
-            axis=1,
+        tasks = [
+            _best(codes, part, rotated[start : start + _SLICE_PROBES], wanted)
+            for part in range(codes.parts)
+            for start in range(0, len(probes), _SLICE_PROBES)
+        ]
+        slices = -(-len(probes) // _SLICE_PROBES)
+        best = self._run(tasks)
+        estimates, rows = (
+            np.concatenate(
+                [
+                    np.concatenate([best[part * slices + number][column] for number in range(slices)])
+                    for part in range(codes.parts)
+                ],
+                axis=1,
+            )
+            for column in (0, 1)
         )
-        which = np.repeat(np.arange(len(probes)), rows.shape[1])
-        flat = rows.ravel()
-        products = pair_products(self._stored, np.maximum(flat, 0), probes, which)
-        products[flat < 0] = -np.inf
-        products = products.reshape(rows.shape)
-        if rows.shape[1] > wanted:
-            best = np.argpartition(-products, wanted - 1, axis=1)[:, :wanted]
-        else:
-            best = np.broadcast_to(np.arange(rows.shape[1]), rows.shape)
-        chosen = np.take_along_axis(rows, best, axis=1)
-        real = chosen >= 0
+        taken = min(2 * wanted, rows.shape[1])
+        chosen = np.argpartition(-estimates, taken - 1, axis=1)[:, :taken]
+        likely = np.take_along_axis(rows, chosen, axis=1)
+        real = likely >= 0
         which = np.repeat(np.arange(len(probes)), real.sum(axis=1))
-        offsets = np.zeros(len(probes) + 1, np.int64)
-        np.cumsum(real.sum(axis=1), out=offsets[1:])
-        return Hits(
-            offsets,
-            chosen[real],
-            pair_scores(self._stored, chosen[real], probes, which),
-            np.zeros(len(probes), np.bool_),
-        )
+        found = Found(which, likely[real], pair_products(self._stored, likely[real], probes, which))
+        return gather([_exactly(_top(found, len(probes), wanted), self._stored, probes)], none)
 
     def plan(self, floors: Float32, usable: NDArray[np.bool_]) -> Int64:
         """The block of the codes that serve each probe, int64 [n]; 0: scan in full."""
@@ -177,7 +172,7 @@ class FastScanScanner:
                 tasks.append(_near(codes, part, scaled, self._stored, probes, mine[slice_], margins[slice_]))
         if self._always.size and kept.size:
             tasks.append(self._listed(probes, mine[kept], margins[kept]))
-        near = list(self._run(tasks))
+        near = self._run(tasks)
         crowded = np.unique(np.concatenate([one.crowded for one in near])) if near else np.empty(0, np.int64)
         served &= ~np.isin(mine, crowded)
         return near, served
@@ -202,9 +197,7 @@ class FastScanScanner:
 
         return task
 
-    def _exact(
-        self, found: list[Near], certified: NDArray[np.bool_], probes: Float32, floors: Float32
-    ) -> tuple[Int64, Int64, Float32]:
+    def _exact(self, found: list[Near], certified: NDArray[np.bool_], probes: Float32, floors: Float32) -> Found:
         """The pairs that reach the floor, of the certified probes."""
         probe = np.concatenate([one.probes for one in found] or [np.empty(0, np.int64)])
         row = np.concatenate([one.rows for one in found] or [np.empty(0, np.int64)])
@@ -212,15 +205,10 @@ class FastScanScanner:
         probe, row = probe[kept], row[kept]
         score = pair_scores(self._stored, row, probes, probe)
         kept = score >= floors[probe]
-        return probe[kept], row[kept], score[kept]
+        return Found(probe[kept], row[kept], score[kept])
 
-    def _run(self, tasks: list[Callable[[], Any]]) -> Iterable[Any]:
-        """Runs the tasks, the last in this thread; in their order."""
-        if self._executor is None or len(tasks) < 2:
-            return [task() for task in tasks]
-        others = [self._executor.submit(task) for task in tasks[:-1]]
-        last = tasks[-1]()
-        return [*(other.result() for other in others), last]
+    def _run(self, tasks: list[Callable[[], Any]]) -> list[Any]:
+        return side_by_side(tasks, self._executor)
 
 
 class FastScanScanners:
@@ -234,7 +222,7 @@ class FastScanScanners:
 
     def build(self, stored: NDArray[np.float16]) -> Scanner:
         if not choose.worth_codes(*stored.shape):
-            return FlatScanner(stored)
+            return FlatScanner(stored, self._executor)
         return build_fastscan(stored, executor=self._executor)
 
     def arrays(self, scanner: Scanner) -> Mapping[str, NDArray[Any]]:
@@ -242,7 +230,7 @@ class FastScanScanners:
 
     def load(self, stored: NDArray[np.float16], arrays: Mapping[str, NDArray[Any]]) -> Scanner:
         if not arrays:
-            return FlatScanner(stored)
+            return FlatScanner(stored, self._executor)
         check(stored, arrays)
         return FastScanScanner(stored, arrays, self._executor)
 
@@ -252,25 +240,35 @@ class FastScanScanners:
 
 
 def check(stored: NDArray[np.float16], state: Mapping[str, NDArray[Any]]) -> None:
-    """Raises DataDamaged unless `state` can be that of a scanner over `stored`: every row must be in each of
-    the codes or in the list of rows that are always re-scored, once."""
+    """Raises DataDamaged unless `state` can be that of a scanner over `stored`: above all, every row must be
+    once in each of the codes or in the list of rows that are always re-scored."""
     rows, dimension = stored.shape
-    try:
-        found = int(state["format"][0])
-        if found != FORMAT:
-            raise DataDamaged(f"codes of format {found}, not {FORMAT}", hint="the segment is rebuilt from the log")
-        if state["rotation"].shape != (dimension, dimension):
-            raise DataDamaged("the rotation is not that of these rows", hint="the segment is rebuilt from the log")
-        for block in state["blocks"]:
-            order, bounds = state[f"{block}/order"], state[f"{block}/bounds"]
-            every = np.bincount(np.concatenate([order.astype(np.int64), state["always"]]), minlength=rows)
-            whole = every.size == rows and bool((every == 1).all())
-            if not whole or int(bounds[-1]) != order.size or int(block) not in blocks_for(dimension):
-                raise DataDamaged("the codes are not those of these rows", hint="the segment is rebuilt from the log")
-            if state[f"{block}/packed"].size != packed_size(bounds, dimension // int(block)):
-                raise DataDamaged("codes are missing", hint="the segment is rebuilt from the log")
-    except (KeyError, IndexError, ValueError, TypeError) as wrong:
-        raise DataDamaged("the codes make no sense", hint="the segment is rebuilt from the log") from wrong
+    found = [int(number) for number in np.ravel(state.get("format", ()))]
+    _expect(found == [FORMAT], f"codes of format {found}, not {FORMAT}")
+    blocks = [int(block) for block in np.ravel(state.get("blocks", ()))]
+    _expect(set(blocks) <= set(blocks_for(dimension)) and len(set(blocks)) == len(blocks), f"codes at rates {blocks}")
+    names = ("order", "packed", "bounds", "supports", "typical")
+    every = {"format", "blocks", "rotation", "always", "norms", "cosines"}
+    _expect(state.keys() == every | {f"{block}/{name}" for block in blocks for name in names}, "arrays by other names")
+    _expect(state["rotation"].shape == (dimension, dimension), "the rotation is not that of these rows")
+    _expect(state["norms"].shape == (2,) and state["cosines"].shape == (choose.BINS,), "other norms or cosines")
+    for block in blocks:
+        order, packed, bounds, supports, typical = (state[f"{block}/{name}"] for name in names)
+        listed = np.concatenate([np.ravel(order).astype(np.int64), np.ravel(state["always"]).astype(np.int64)])
+        _expect(
+            listed.size == rows and np.array_equal(np.sort(listed), np.arange(rows)), "not all rows are in the codes"
+        )
+        bounded = bounds.ndim == 1 and bounds.size > 0 and bounds[0] == 0 and bounds[-1] == order.size
+        _expect(bounded and bool((np.diff(bounds) > 0).all()), "parts without rows")
+        _expect(packed.shape == (packed_size(bounds, dimension // block),), "codes are missing")
+        _expect(
+            supports.shape == (bounds.size - 1, certificate.ANGLES) and typical.shape == (3,), "parts without a law"
+        )
+
+
+def _expect(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise DataDamaged(otherwise, hint="the segment is rebuilt from the log; nothing is to be done")
 
 
 def one_thread() -> None:
@@ -321,8 +319,21 @@ def build_fastscan(
     return FastScanScanner(stored, state, executor)
 
 
-def _best(codes: Codes, part: int, rotated: Float32, count: int) -> Callable[[], Int64]:
+def _best(codes: Codes, part: int, rotated: Float32, count: int) -> Callable[[], tuple[Float32, Int64]]:
     return lambda: codes.best(part, rotated, count)
+
+
+def _top(found: Found, probes: int, wanted: int) -> Found:
+    """The `wanted` pairs of each probe with the highest products."""
+    ordered = np.lexsort((-found.scores, found.probes))
+    begins = np.searchsorted(found.probes[ordered], np.arange(probes))
+    rank = np.arange(ordered.size) - begins[found.probes[ordered]]
+    kept = ordered[rank < wanted]
+    return Found(found.probes[kept], found.rows[kept], found.scores[kept])
+
+
+def _exactly(found: Found, stored: NDArray[np.float16], probes: Float32) -> Found:
+    return found._replace(scores=pair_scores(stored, found.rows, probes, found.probes))
 
 
 def _near(
