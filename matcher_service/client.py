@@ -64,7 +64,8 @@ DEADLINE_MS_MAX = 60_000
 
 
 class Unreachable(ServiceFault):
-    """No connection to the service, or it broke before the answer came."""
+    """No connection to the service, or it broke before the answer came. The client's own: it has no cause token
+    of its own on the wire."""
 
     default_cause = Cause.SHARD_UNAVAILABLE
 

@@ -210,7 +210,7 @@ class _Streaming:
             probe_id = self._probe_id(rows, offset)
             if fault is not None:
                 self._unsent += 1
-                typer.echo(f"row {rows.first_row + offset}: {fault.field} {fault.detail}", err=True)
+                typer.echo(f"row {rows.first_row + offset}: {fault.field}: {fault.detail}", err=True)
                 continue
             if probe_id in ids or len(offsets) == self._batch:
                 yield offsets
@@ -260,6 +260,7 @@ class _Streaming:
                 f"ALERT  probe {decision.probe_id}: {best.subject_id} ({best.gallery_id}) score {best.score:.3f}{part}",
                 markup=False,
                 highlight=False,
+                soft_wrap=True,
             )
 
     def _show(self, progress: Progress, task: TaskID) -> None:

@@ -86,9 +86,10 @@ def import_references(
                 sink.write(json.dumps(bad._asdict()) + "\n")
             if told <= BAD_ROWS_SHOWN:
                 progress.console.print(
-                    f"row {bad.row} ({bad.reference_id or '-'}): {bad.cause}: {bad.field} {bad.detail}",
+                    f"row {bad.row} ({bad.reference_id or '-'}): {bad.cause}: {bad.field}: {bad.detail}",
                     markup=False,
                     highlight=False,
+                    soft_wrap=True,
                 )
             elif told == BAD_ROWS_SHOWN + 1:
                 rest = "the rest are only counted" if sink is None else f"the rest are in {bad_rows}"

@@ -11,6 +11,7 @@ import typer
 from matcher_service.commands.times import duration_in_words, in_words
 
 Document = Mapping[str, Any]
+PIPE_WIDTH = 500
 
 
 def print_json(document: Any) -> None:
@@ -20,6 +21,8 @@ def print_json(document: Any) -> None:
 
 def print_rows(rows: Sequence[Document], columns: Sequence[str], none: str) -> None:
     """A table of these columns; `none` is said when there are no rows."""
+    import sys
+
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -32,7 +35,8 @@ def print_rows(rows: Sequence[Document], columns: Sequence[str], none: str) -> N
         table.add_column(_title(column), overflow="fold")
     for row in rows:
         table.add_row(*(Text(shown(column, row.get(column))) for column in columns))
-    Console().print(table)
+    # A file or a pipe has no width; folding there would cut what the next program looks for.
+    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
 
 
 def print_fields(document: Document) -> None:
@@ -46,7 +50,7 @@ def shown(name: str, value: Any) -> str:
     """A value as people read it, by the unit in its name."""
     if value is None:
         return "-"
-    if name.endswith("_at_ms") and isinstance(value, int):
+    if (name == "at_ms" or name.endswith("_at_ms")) and isinstance(value, int):
         return in_words(value) if value else "-"
     if name.endswith("_ms") and isinstance(value, int):
         return duration_in_words(value)
