@@ -77,6 +77,7 @@ def as_dict(report: Report) -> dict[str, object]:
             "docs": report.server.docs_url,
             "metrics": report.server.metrics_url,
             "token_file": str(report.server.token_file),
+            "commands": list(report.server.commands),
         },
     }
 
@@ -157,6 +158,7 @@ def _show_ends(report: Report, console: Console) -> None:
             f"Metrics  {server.metrics_url}",
             f"gRPC     {server.grpc_address}",
             f"Token    {server.token_file}",
+            *(f"Try      {command}" for command in server.commands),
             "Interrupt (Ctrl-C) to stop the server.",
         ]
     else:
@@ -165,4 +167,4 @@ def _show_ends(report: Report, console: Console) -> None:
             "page (/docs) and metrics page (/metrics) are; `matcher --help` lists the other commands.",
         ]
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=False)
+        console.print(line, highlight=False, soft_wrap=line.startswith("Try"))

@@ -19,7 +19,15 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from matcher_service.client import MatcherClient, ProbeAnswer, Probes, References
 from matcher_service.demo import report
@@ -116,8 +124,8 @@ async def _demo(options: Options, data_dir: Path, progress_console: Console, con
         )
     faces = load_faces()
     enrolled, searched = enrolment(faces), probes(faces)
-    with _progress(progress_console) as progress:
-        bar = progress.add_task("Learning centre and thresholds from shots 1-5", total=CALIBRATION_DRAWS)
+    with _Progress(progress_console) as progress:
+        bar = progress.step("Learning centre and thresholds from shots 1-5", CALIBRATION_DRAWS)
         calibration = await asyncio.to_thread(
             calibrate, enrolled, np.random.default_rng([SEED, 1]), lambda done: progress.advance(bar, done)
         )
@@ -127,7 +135,7 @@ async def _demo(options: Options, data_dir: Path, progress_console: Console, con
         threshold_real = threshold_for_fpir([real], FPIR_WANTED)
         threshold_full = max(threshold_real, threshold_for_fpir(full, FPIR_WANTED))
 
-        bar = progress.add_task("Starting the server", total=None)
+        bar = progress.step("Starting the server", None)
         async with (
             started(
                 data_dir, data_dir / "server.log", http_port=options.http_port, grpc_port=options.grpc_port
@@ -135,9 +143,7 @@ async def _demo(options: Options, data_dir: Path, progress_console: Console, con
             Administration(server) as administration,
             MatcherClient(server.grpc_address, server.token, deadline_s=DEADLINE_S) as client,
         ):
-            progress.update(
-                bar, total=1, completed=1, description=f"Server ready: {server.http_url}, gRPC {server.grpc_address}"
-            )
+            progress.done(bar, f"Server ready: {server.http_url}, gRPC {server.grpc_address}")
             job = _Job(client, progress, searched)
             await _set_up(administration, calibration, threshold_real)
             await job.enrol("Enrolling real references", _real_references(faces))
@@ -181,17 +187,31 @@ async def _demo(options: Options, data_dir: Path, progress_console: Console, con
     return 0 if result.healthy else 1
 
 
-@contextmanager
-def _progress(console: Console) -> Iterator[Progress]:
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        yield progress
+class _Progress(Progress):
+    """Bars on a terminal; elsewhere, where nothing can be redrawn, one line as each step begins."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        super().__init__(*columns, console=console, disable=not console.is_terminal)
+
+    def step(self, description: str, total: int | None) -> TaskID:
+        self._say(description)
+        return self.add_task(description, total=total)
+
+    def done(self, step: TaskID, description: str) -> None:
+        """End a step of unknown length, and say what came of it."""
+        self._say(description)
+        self.update(step, total=1, completed=1, description=description)
+
+    def _say(self, line: str) -> None:
+        if not self.console.is_terminal:
+            self.console.print(line, highlight=False, soft_wrap=True)
 
 
 async def _stay(server: Server) -> None:
@@ -272,7 +292,7 @@ def _messages(
 class _Job:
     """Enrols and streams through one client, with progress; remembers how far the log must be applied."""
 
-    def __init__(self, client: MatcherClient, progress: Progress, searched: Faces) -> None:
+    def __init__(self, client: MatcherClient, progress: _Progress, searched: Faces) -> None:
         self._client = client
         self._progress = progress
         self._searched = searched
@@ -287,7 +307,7 @@ class _Job:
     async def enrol(self, description: str, messages: Iterable[References]) -> None:
         """Raises ServiceFault if a reference was refused."""
         waiting = list(messages)
-        bar = self._progress.add_task(description, total=sum(len(one.reference_ids) for one in waiting))
+        bar = self._progress.step(description, sum(len(one.reference_ids) for one in waiting))
 
         async def source() -> AsyncIterator[References]:
             for message in waiting:
@@ -334,7 +354,7 @@ class _Job:
         )
 
     async def _stream(self, description: str, messages: AsyncIterator[Probes], count: int) -> list[ProbeAnswer]:
-        bar = self._progress.add_task(description, total=count)
+        bar = self._progress.step(description, count)
         answers = []
         async with aclosing(self._client.identify_stream(messages)) as stream:
             async for answer in stream:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import signal
 import sys
 from collections import deque
@@ -43,6 +44,12 @@ class Server:
     @property
     def metrics_url(self) -> str:
         return f"{self.http_url}/metrics"
+
+    @property
+    def commands(self) -> tuple[str, ...]:
+        """What to try next at a shell while it is up."""
+        where = f"--http {self.http_url} --token-file {shlex.quote(str(self.token_file))}"
+        return tuple(f"matcher {verb} {where}" for verb in ("galleries list", "alerts list --limit 5", "audit verify"))
 
 
 @asynccontextmanager
@@ -131,11 +138,14 @@ async def _ready(server: Server) -> None:
 
 
 async def _stop(process: asyncio.subprocess.Process, exited: asyncio.Task[int]) -> None:
-    if not exited.done():
-        process.send_signal(signal.SIGTERM)
-        await asyncio.wait({exited}, timeout=STOP_S_MAX)
-    if not exited.done():
-        process.kill()
+    try:
+        if not exited.done():
+            process.send_signal(signal.SIGTERM)
+            await asyncio.wait({exited}, timeout=STOP_S_MAX)
+    finally:
+        # Too slow, or the demo was interrupted once more while it waited.
+        if not exited.done():
+            process.kill()
     await exited
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -217,8 +218,8 @@ def test_a_directory_with_something_in_it_is_refused(shown: Shown) -> None:
 
 
 def test_with_stay_the_server_is_up_until_the_demo_is_told_to_end() -> None:
-    """`--stay` prints where docs and metrics are, both answer, and SIGTERM to the demo stops the server in order and
-    removes the temporary directory."""
+    """`--stay` prints where docs and metrics are and what to try; all of it works; SIGTERM to the demo stops the server
+    in order and removes the temporary directory."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
         [*DEMO, "--stay", "--json", "--references", "0"],
@@ -241,6 +242,9 @@ def test_with_stay_the_server_is_up_until_the_demo_is_told_to_end() -> None:
                     assert answer.status == 200
             data_dir = Path(figures["server"]["token_file"]).parent
             assert servers_of(data_dir) != []
+            printed = [_printed_by(command) for command in figures["server"]["commands"]]
+            assert "custody" in printed[0]
+            assert "orl-s" in printed[1]
             demo.send_signal(signal.SIGTERM)
             assert demo.wait(timeout=60) == 0
             assert servers_of(data_dir) == []
@@ -249,3 +253,31 @@ def test_with_stay_the_server_is_up_until_the_demo_is_told_to_end() -> None:
             if demo.poll() is None:
                 demo.send_signal(signal.SIGINT)
                 demo.wait(timeout=60)
+
+
+def _printed_by(command: str) -> str:
+    program, *arguments = shlex.split(command)
+    assert program == "matcher"
+    done = subprocess.run(
+        [sys.executable, "-m", "matcher_service", *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_an_interrupted_demo_stops_its_server(tmp_path: Path) -> None:
+    """Ctrl-C in the middle of the work: exit code 130, and no server is left behind."""
+    data_dir = tmp_path / "data"
+    with subprocess.Popen(
+        [*DEMO, "--data-dir", str(data_dir)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as demo:
+        assert demo.stderr is not None
+        for line in demo.stderr:
+            if "Enrolling real" in line:
+                break
+        assert servers_of(data_dir) != []
+        demo.send_signal(signal.SIGINT)
+        rest = demo.stderr.read()
+        assert demo.wait(timeout=60) == 130
+    assert "server is stopped" in rest
+    assert servers_of(data_dir) == []
