@@ -158,14 +158,15 @@ def gallery_named(gallery_id: str, catalogue: Catalogue, *, field: str = "galler
 def _threshold(asked: float | None, gallery: Gallery) -> float:
     if asked is None:
         return gallery.threshold
-    if asked < gallery.threshold:
+    # As float32, which is what the wire carries: a threshold read from a reply and sent back must hold.
+    if np.float32(asked) < np.float32(gallery.threshold):
         raise InvalidInput(
             f"threshold {asked:g} is below the {gallery.threshold:g} of gallery {gallery.gallery_id}",
             field="threshold",
             cause=Cause.THRESHOLD_BELOW_FLOOR,
             hint="a request may only raise a threshold: leave it out, or ask for a higher one",
         )
-    return asked
+    return max(asked, gallery.threshold)
 
 
 def require_comparable(source: SpaceId, target: SpaceId, catalogue: Catalogue) -> None:

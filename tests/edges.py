@@ -221,7 +221,8 @@ async def served(flat: FlatService | None = None, **sections: dict[str, Any]) ->
     service = flat.service(settings_of(**sections))
     grpc_server = build_grpc_server(service)
     grpc_port = await grpc_server.start()
-    listener = socket.socket()
+    # The protocol is named so that asyncio turns delayed sending off on every connection.
+    listener = socket.socket(proto=socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))
     listener.listen()  # from here on a connection waits instead of being refused
     http = _Http(uvicorn.Config(build_http_app(service), loop="none", log_config=None, lifespan="off"))

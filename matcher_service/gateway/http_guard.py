@@ -6,6 +6,8 @@ the limit, whether its length was declared, chunked or compressed.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -23,6 +25,10 @@ LOOPBACK_PATHS = frozenset(("/metrics", "/docs", "/openapi.json", "/"))
 
 # Authenticated requests at once; with the limit of one body this bounds what all bodies hold.
 REQUESTS_IN_FLIGHT_MAX = 128
+
+# How much of a refused body is still taken in and dropped, in bodies of the largest size, and for how long.
+LINGER_BODIES_MAX = 4
+LINGER_S_MAX = 2.0
 
 
 class UnsupportedEncoding(InvalidInput):
@@ -66,16 +72,15 @@ class Guard:
     async def _pass(self, request: _Request, scope: Scope) -> None:
         state = scope.setdefault("state", {})
         state["result"] = "ok"
-        headers = Headers(scope=scope)
         if scope["path"] not in self._open_paths:
-            state["actor"] = self._service.credentials.authenticate(headers.get("authorization"))
+            state["actor"] = self._service.credentials.authenticate(Headers(scope=scope).get("authorization"))
         if self._in_flight >= REQUESTS_IN_FLIGHT_MAX:
             raise Overloaded(
                 "too many requests at once", hint="send fewer at a time, or use a stream", retry_after_ms=100
             )
         self._in_flight += 1
         try:
-            request.check_headers(headers)
+            request.check_headers()
             await self._app(scope, request.receive, request.send)
         finally:
             self._in_flight -= 1
@@ -91,23 +96,25 @@ class _Request:
     """One request's channels: counts what comes in, and knows whether an answer has begun."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, bytes_max: int) -> None:
-        scope.setdefault("state", {})
+        self._headers = Headers(scope=scope)
         self._receive = receive
         self._send = send
         self._bytes_max = bytes_max
         self._bytes = 0
-        self._all_read = False
+        self._all_read = self._headers.get("content-length", "0") == "0" and "transfer-encoding" not in self._headers
         self.answering = False
 
-    def check_headers(self, headers: Headers) -> None:
-        encoding = headers.get("content-encoding", "identity").strip().lower()
+    def check_headers(self) -> None:
+        """Raises UnsupportedEncoding or TooLarge by what the headers declare."""
+        encoding = self._headers.get("content-encoding", "identity").strip().lower()
         if encoding not in ("", "identity"):
             raise UnsupportedEncoding(
                 "compressed bodies are not accepted",
                 field="Content-Encoding",
                 hint="send the body as it is; templates hardly compress",
             )
-        length = headers.get("content-length", "")
+        length = self._headers.get("content-length", "")
+        # The server has checked that it is a number; one of twenty digits is too large whatever it says.
         if length.isdecimal() and int(length[:20]) > self._bytes_max:
             raise self._too_large()
 
@@ -122,15 +129,31 @@ class _Request:
         message = await self._receive()
         if message["type"] == "http.request":
             self._bytes += len(message.get("body", b""))
+            self._all_read = not message.get("more_body", False)
             if self._bytes > self._bytes_max:
                 raise self._too_large()
-            self._all_read = not message.get("more_body", False)
         return message
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.answering = True
             if not self._all_read:
-                # What is left of the body will not be read, so the connection is of no more use.
                 MutableHeaders(scope=message)["Connection"] = "close"
+        elif not self._all_read and not message.get("more_body", False):
+            # The answer goes out now, and the connection closes a little later: closing it under a caller who
+            # still writes would reset it, and the answer would be lost.
+            await self._send({**message, "more_body": True})
+            await self._linger()
+            message = {"type": "http.response.body", "body": b"", "more_body": False}
         await self._send(message)
+
+    async def _linger(self) -> None:
+        """Take in and drop the rest of the body, within bounds of length and time."""
+        dropped = 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_S_MAX):
+                while dropped <= LINGER_BODIES_MAX * self._bytes_max:
+                    message = await self._receive()
+                    if message["type"] != "http.request" or not message.get("more_body", False):
+                        return
+                    dropped += len(message.get("body", b""))

@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
-from matcher_service.errors import InvalidInput, NotFound
+from matcher_service.errors import InvalidInput, MatcherError, NotFound
 from matcher_service.gateway import decode, decode_json, encode, encode_json, refusals
 from matcher_service.gateway.http_exchange import (
     actor_of,
@@ -92,7 +92,12 @@ def router(service: Service) -> APIRouter:
     ) -> Response:
         """End the searchability of a reference; answered after no search that starts later can return it."""
         decode.check_reason(query.reason)
-        receipt = await service.withdraw(gallery_id, [reference_id], query.reason, actor_of(request))
+        try:
+            receipt = await service.withdraw(gallery_id, [reference_id], query.reason, actor_of(request))
+        except MatcherError as refusal:
+            # The flow withdraws many at once; this path names one.
+            refusal.field = refusal.field.replace("reference_ids", "reference_id")
+            raise
         return json_response(encode_json.withdrawn(receipt))
 
     @routes.get("/v1/subjects/{subject_id}")

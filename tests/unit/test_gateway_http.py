@@ -241,6 +241,18 @@ async def test_law_3_more_requests_at_once_than_the_bound_are_refused_with_a_tim
     assert (answer.status_code, answer.json()["cause"], answer.headers["retry-after"]) == (429, "OVERLOADED", "1")
 
 
+async def test_a_connection_is_kept_after_a_request_that_was_read_whole(client: httpx.AsyncClient) -> None:
+    for answer in (
+        await client.get("/v1/galleries"),
+        await client.post("/v1/identify", json=identify_body([1, 0, 0, 0])),
+        await client.post("/v1/identify", json={}),
+        await client.get("/none"),
+    ):
+        assert "connection" not in answer.headers
+    refused = await client.post("/v1/identify", content=b"x", headers={"content-encoding": "gzip"})
+    assert refused.headers["connection"] == "close"
+
+
 async def test_the_docs_page_stands_alone_and_shows_every_operation_and_body(client: httpx.AsyncClient) -> None:
     page = (await client.get("/docs")).text
     description = (await client.get("/openapi.json")).json()
