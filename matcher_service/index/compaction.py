@@ -27,17 +27,20 @@ class CompactionBudget:
 
 
 class SegmentSize(NamedTuple):
-    """`live` and `dead` rows, and the log time at which the first of the dead ended."""
+    """`live` and `dead` rows, the log time at which the first of the dead ended, and whether the codes were made
+    in a hurry."""
 
     live: int
     dead: int
     died_ms_min: int
+    hurried: bool = False
 
 
 def to_rewrite(sizes: Sequence[SegmentSize], budget: CompactionBudget, now_ms: int, *, quiet: bool) -> list[int]:
     """Positions of the segments to join into one next; [] if all is well.
 
-    First what must be erased by now, then what carries too many dead rows, then what is too small.
+    First what must be erased by now, then what carries too many dead rows, then what is too small, and in
+    quiet moments what was made in a hurry.
     """
     overdue = [i for i, size in enumerate(sizes) if size.dead and now_ms - size.died_ms_min >= budget.erase_after_ms]
     if overdue:
@@ -45,7 +48,10 @@ def to_rewrite(sizes: Sequence[SegmentSize], budget: CompactionBudget, now_ms: i
     wasteful = [i for i, size in enumerate(sizes) if size.dead > DEAD_SHARE_MAX * (size.live + size.dead)]
     if wasteful:
         return _up_to(sizes, wasteful, budget.rows_max)
-    return _too_small(sizes, budget.rows_max, 1 / 8 if quiet else 3.0)
+    too_small = _too_small(sizes, budget.rows_max, 1 / 8 if quiet else 3.0)
+    if too_small or not quiet:
+        return too_small
+    return [i for i, size in enumerate(sizes) if size.hurried][:1]
 
 
 def _up_to(sizes: Sequence[SegmentSize], chosen: Sequence[int], rows_max: int) -> list[int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from matcher_service.index.memory import ROW_BYTES
 from matcher_service.index.rows import Float16, id_hashes, joined
 from matcher_service.index.scanner import Scanner
 from matcher_service.index.search import GalleryView, View, search
-from matcher_service.index.segment import LIVE, Segment, Tail, fresh_segment
+from matcher_service.index.segment import LIVE, Segment, Tail
 from matcher_service.terms import EntryKind, Int64, LogEntry, SearchRequest, SearchResult, ShardStatus
 
 # An open tail is scanned flat by every search; at this size it becomes a segment.
@@ -28,7 +28,13 @@ TAIL_ROWS_MAX = 8192
 # Entries applied between two publications: bounds how long a block keeps its parts waiting.
 _ENTRIES_AT_ONCE = 4096
 
-BuildScanner = Callable[[Float16], Scanner]
+
+class BuildScanner(Protocol):
+    """See `scanners.Scanners.build`."""
+
+    def __call__(self, stored: Float16, *, hurried: bool = False) -> Scanner: ...
+
+
 DimensionOf = Callable[[LogEntry], int]
 
 
@@ -314,7 +320,7 @@ class Engine:
         fresh: Segment | None = None
         if any(len(rows) for rows in kept):
             content = joined([(segment.content, rows) for segment, rows in zip(segments, kept, strict=True)])
-            fresh = fresh_segment(content, self._build(content.stored))
+            fresh = Segment(content, self._build(content.stored, hurried=not quiet), hurried=not quiet)
         with self._writing:
             state = self._states.get(gallery_id)
             if state is None or any(segment not in state.segments for segment in segments):
@@ -332,7 +338,7 @@ class Engine:
     def _choose(self, budget: CompactionBudget, now_ms: int, *, quiet: bool) -> tuple[str, list[Segment]] | None:
         with self._writing:
             for gallery_id, state in self._states.items():
-                sizes = [SegmentSize(one.live, one.dead, one.died_ms_min) for one in state.segments]
+                sizes = [SegmentSize(one.live, one.dead, one.died_ms_min, one.hurried) for one in state.segments]
                 positions = to_rewrite(sizes, budget, now_ms, quiet=quiet)
                 if positions:
                     return gallery_id, [state.segments[i] for i in positions]

@@ -59,10 +59,12 @@ class SealedFile:
 class Segment:
     """Fixed rows with a scanner over them. `died_at` int64 [n] holds the sequence that ended each row, LIVE
     where none has, and is None until the first row ends; it is written by the one who applies entries. `dead`
-    counts the rows ended, `died_ms_min` is the log time of the first of these."""
+    counts the rows ended, `died_ms_min` is the log time of the first of these. A `hurried` scanner is not the
+    best for these rows."""
 
     content: Rows
     scanner: Scanner
+    hurried: bool = False
     died_at: Int64 | None = None
     dead: int = 0
     died_ms_min: int = NEVER_MS
@@ -114,11 +116,6 @@ class Segment:
     def bytes_in_memory(self) -> int:
         ends = 0 if self.died_at is None else self.died_at.nbytes
         return self.content.bytes_in_memory() + ends + self.code_bytes()
-
-
-def fresh_segment(content: Rows, scanner: Scanner) -> Segment:
-    """A segment none of whose rows has ended."""
-    return Segment(content, scanner)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -212,7 +209,7 @@ class Tail:
         if self.dead:
             live = np.flatnonzero(self.died_at[: self.rows] == LIVE)
             content, wide = joined([(content, live)]), wide[live]
-        return fresh_segment(content, WideScanner(content.stored, wide, self._row_norm_max))
+        return Segment(content, WideScanner(content.stored, wide, self._row_norm_max))
 
     def dead_sequences(self) -> Int64:
         """Sequences of the rows that have ended."""

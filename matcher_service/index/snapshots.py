@@ -29,7 +29,7 @@ from matcher_service.index.engine import GalleryState, Snapshot
 from matcher_service.index.manifest import GalleryFiles, Manifest
 from matcher_service.index.rows import Rows
 from matcher_service.index.scanners import Scanners
-from matcher_service.index.segment import LIVE, SealedFile, Segment, fresh_segment
+from matcher_service.index.segment import LIVE, SealedFile, Segment
 from matcher_service.index.segment_file import Contents, new_file_id, read_sealed, sealed
 
 _LOADS_AT_ONCE = 2
@@ -142,7 +142,7 @@ class Snapshots:
             content, scanner_arrays = read_rows(self._disk, gallery_id, file, key)
             if content.dimension != files.dimension:
                 raise DataDamaged(f"{file.name} holds {content.dimension}-d templates, not {files.dimension}-d")
-            segment = fresh_segment(content, self._scanners.load(content.stored, scanner_arrays))
+            segment = Segment(content, self._scanners.load(content.stored, scanner_arrays))
             one = ends[place]
             if len(one.rows) and not 0 <= int(one.rows.min()) <= int(one.rows.max()) < len(content):
                 raise DataDamaged(f"{files.state.name} ends rows that {file.name} does not have")

@@ -1,14 +1,14 @@
 """The shard in this process: the index engine behind the asynchronous seam.
 
-Searches run in a small pool of threads, applying in one thread and upkeep in another of lower priority, so
-the event loop never waits for arithmetic.
+Searches run in a small pool of threads, applying in one thread and upkeep in another, so the event loop never
+waits for arithmetic. Upkeep is not of lower priority: it would be preempted while it holds the interpreter's
+lock, and everything would wait for it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -43,7 +43,6 @@ _REWRITE_ROWS_PER_S = 20_000.0
 # The files are written anew after so many entries, or so long after the first change.
 SNAPSHOT_ENTRIES = 131_072
 SNAPSHOT_S = 60.0
-_BACKGROUND_NICENESS = 10
 
 T = TypeVar("T")
 
@@ -107,7 +106,7 @@ class LocalShard:
         self._closed = False
         self._searching = ThreadPoolExecutor(SEARCHES_AT_ONCE, "search", one_thread)
         self._applying = ThreadPoolExecutor(1, "apply", one_thread)
-        self._tending = ThreadPoolExecutor(1, "tend", _prepare_background)
+        self._tending = ThreadPoolExecutor(1, "tend", one_thread)
 
     @classmethod
     async def open(
@@ -205,12 +204,6 @@ class LocalShard:
             await asyncio.get_running_loop().run_in_executor(self._tending, self._write_files)
         await asyncio.to_thread(self._tending.shutdown)
         self._scanners.close()
-
-
-def _prepare_background() -> None:
-    one_thread()
-    # Of this thread and of those that it starts, not of the process.
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BACKGROUND_NICENESS)
 
 
 def _dimension_of(entry: LogEntry) -> int:
