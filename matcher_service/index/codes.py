@@ -83,10 +83,10 @@ class Codes:
         lims, _, rows = self._parts[part].range_search(scaled, 1.0)
         return lims.astype(np.int64), rows
 
-    def best(self, part: int, rotated: Float32, count: int) -> Int64:
-        """The rows with the largest estimates, int64 [n, count], -1 where there is none; no promise."""
-        _, rows = self._parts[part].search(rotated, count)
-        return np.asarray(rows)
+    def best(self, part: int, rotated: Float32, count: int) -> tuple[Float32, Int64]:
+        """The largest estimates and their rows, [n, count]; -1 for a row where there is none. No promise."""
+        estimates, rows = self._parts[part].search(rotated, count)
+        return estimates, rows
 
     def state(self) -> dict[str, NDArray[Any]]:
         """What `from_state` needs; the codes are biometric data."""

@@ -2,110 +2,148 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from matcher_service.index.scanner import Hits
-from matcher_service.index.score import exact_scores_of, float32_margin, norms
+from matcher_service.index.score import float32_margin, norms, pair_scores, widen
 from matcher_service.terms import Float32, Int64
 
-_BLOCK_ROWS = 4096  # rows turned to float32 at once: 8 MiB at 512 dimensions
+_BLOCK_ROWS = 2048  # rows turned to float32 at once: 4 MiB at 512 dimensions
 _PROBES_MAX = 1024
+_FEW_PROBES = 3  # up to here BLAS gains nothing over one product after another, each thread its own rows
+_THREAD_ROWS = 16_384
+
+Result = TypeVar("Result")
 
 
 class Found(NamedTuple):
-    """The hits of one probe: rows int64 [m] and their final scores float32 [m]."""
+    """The hits of a batch of probes, in columns, in no order: int64 [m], int64 [m], float32 [m]."""
 
+    probes: Int64
     rows: Int64
     scores: Float32
 
 
-NONE_FOUND = Found(np.empty(0, np.int64), np.empty(0, np.float32))
+NOTHING = Found(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
+
+
+def side_by_side(tasks: list[Callable[[], Result]], executor: Executor | None) -> list[Result]:
+    """The results of the tasks, in their order; the last task runs in this thread."""
+    if executor is None or len(tasks) < 2:
+        return [task() for task in tasks]
+    others = [executor.submit(task) for task in tasks[:-1]]
+    last = tasks[-1]()
+    return [*(other.result() for other in others), last]
 
 
 def gather(found: list[Found], certified: NDArray[np.bool_]) -> Hits:
-    """The hits of a batch from those of its probes."""
-    offsets = np.zeros(len(found) + 1, np.int64)
-    np.cumsum([one.rows.size for one in found], out=offsets[1:])
-    if not found:
-        return Hits(offsets, NONE_FOUND.rows, NONE_FOUND.scores, certified)
+    """The hits of a batch, with those of a probe side by side."""
+    probes = np.concatenate([one.probes for one in found] or [NOTHING.probes])
+    by_probe = np.argsort(probes, kind="stable")
+    offsets = np.zeros(certified.size + 1, np.int64)
+    np.cumsum(np.bincount(probes, minlength=certified.size), out=offsets[1:])
     return Hits(
-        offsets, np.concatenate([one.rows for one in found]), np.concatenate([one.scores for one in found]), certified
+        offsets,
+        np.concatenate([one.rows for one in found] or [NOTHING.rows])[by_probe],
+        np.concatenate([one.scores for one in found] or [NOTHING.scores])[by_probe],
+        certified,
     )
 
 
 class FlatScanner:
-    """Scans every stored row for every probe. `stored` float16 [n, d], C order, is kept, not copied."""
+    """Scans every stored row for every probe. `stored` float16 [n, d], C order, finite, is kept, not copied;
+    `executor` shares the rows among its threads where that helps."""
 
-    def __init__(self, stored: NDArray[np.float16]) -> None:
+    def __init__(self, stored: NDArray[np.float16], executor: Executor | None = None) -> None:
         self.rows = int(stored.shape[0])
         self._stored = stored
-        self._row_norm_max = float(norms(stored).max(initial=0.0))
+        self._norm_max = float(norms(stored).max(initial=0.0))
+        self._executor = executor
 
     def scan(self, probes: Float32, floors: Float32) -> Hits:
-        return gather(scan_flat(self._stored, self._row_norm_max, probes, floors), np.zeros(len(probes), np.bool_))
+        found = scan_flat(self._stored, self._norm_max, probes, floors, self._executor)
+        return gather([found], np.zeros(len(probes), np.bool_))
 
     def guess(self, probes: Float32, count: int) -> Hits:
         """The best rows by the float32 product: its order differs from that of the scores only in ties."""
-        return gather(best_flat(self._stored, probes, count), np.zeros(len(probes), np.bool_))
+        return gather([best_flat(self._stored, probes, count)], np.zeros(len(probes), np.bool_))
 
     def bytes_in_memory(self) -> int:
         return int(self._stored.nbytes)
 
 
-def scan_flat(stored: NDArray[np.float16], row_norm_max: float, probes: Float32, floors: Float32) -> list[Found]:
-    """Every row whose score is >= its probe's floor. Shapes as in `Scanner.scan`; `row_norm_max` bounds the
-    norms of the stored rows."""
-    found: list[Found] = []
+def scan_flat(
+    stored: NDArray[np.float16],
+    norm_max: float,
+    probes: Float32,
+    floors: Float32,
+    executor: Executor | None = None,
+) -> Found:
+    """Every row whose score is >= its probe's floor. Shapes as in `Scanner.scan`; `norm_max` bounds the norms
+    of the stored rows."""
+    if not len(probes) or not len(stored):
+        return NOTHING
+    margin = float32_margin(stored.shape[1], norm_max, norms(probes))
+    cuts = (floors.astype(np.float64) - margin).astype(np.float32)
+    few = len(probes) <= _FEW_PROBES
+    rows_each = _THREAD_ROWS if few and executor is not None else len(stored)
+    near: list[tuple[Int64, Int64]] = []
     for start in range(0, len(probes), _PROBES_MAX):
         some = slice(start, start + _PROBES_MAX)
-        found.extend(_scan_some(stored, row_norm_max, probes[some], floors[some]))
-    return found
+        tasks = [
+            _near(stored, first, min(first + rows_each, len(stored)), probes[some], cuts[some], few)
+            for first in range(0, len(stored), rows_each)
+        ]
+        near.extend((which + start, rows) for which, rows in side_by_side(tasks, executor))
+    which = np.concatenate([one[0] for one in near])
+    rows = np.concatenate([one[1] for one in near])
+    scores = pair_scores(stored, rows, probes, which)
+    reached = scores >= floors[which]
+    return Found(which[reached], rows[reached], scores[reached])
 
 
-def _scan_some(stored: NDArray[np.float16], row_norm_max: float, probes: Float32, floors: Float32) -> list[Found]:
-    dimension = stored.shape[1]
-    margin = float32_margin(dimension, row_norm_max, norms(probes))
-    cuts = (floors.astype(np.float64) - margin).astype(np.float32)[:, None]
-    rows_of: list[list[Int64]] = [[] for _ in probes]
-    for start in range(0, stored.shape[0], _BLOCK_ROWS):
-        block = stored[start : start + _BLOCK_ROWS].astype(np.float32)
-        # `not below` rather than `at or above`: a product that overflowed to NaN is re-scored, not lost.
-        near = ~(probes @ block.T < cuts)
-        for probe in np.flatnonzero(near.any(axis=1)):
-            rows_of[probe].append(np.flatnonzero(near[probe]) + start)
-    return [
-        _at_or_above(stored, np.concatenate(rows), probes[probe], floors[probe]) if rows else NONE_FOUND
-        for probe, rows in enumerate(rows_of)
-    ]
+def _near(
+    stored: NDArray[np.float16], first: int, last: int, probes: Float32, cuts: Float32, few: bool
+) -> Callable[[], tuple[Int64, Int64]]:
+    """Finds, among the rows from `first` to `last`, the pairs whose float32 product is not below its cut."""
+
+    def task() -> tuple[Int64, Int64]:
+        wide = np.empty((min(_BLOCK_ROWS, last - first), stored.shape[1]), np.float32)
+        which: list[Int64] = []
+        rows: list[Int64] = []
+        for start in range(first, last, _BLOCK_ROWS):
+            block = stored[start : min(start + _BLOCK_ROWS, last)]
+            here = widen(block, wide[: len(block)])
+            products = np.einsum("ij,kj->ik", probes, here) if few else probes @ here.T
+            # `not below` rather than `at or above`: what overflowed to NaN is scored exactly, not lost.
+            probe, row = np.nonzero(~(products < cuts[:, None]))
+            which.append(probe)
+            rows.append(row + start)
+        return np.concatenate(which), np.concatenate(rows)
+
+    return task
 
 
-def _at_or_above(stored: NDArray[np.float16], rows: Int64, probe: Float32, floor: np.float32) -> Found:
-    scores = exact_scores_of(stored, rows, probe)
-    kept = scores >= floor
-    return Found(rows[kept], scores[kept])
-
-
-def best_flat(stored: NDArray[np.float16], probes: Float32, count: int) -> list[Found]:
-    """About the `count` best rows of each probe, with final scores."""
-    wanted = min(count, stored.shape[0])
-    if wanted <= 0:
-        return [NONE_FOUND for _ in probes]
-    found: list[Found] = []
-    for start in range(0, len(probes), _PROBES_MAX):
-        some = probes[start : start + _PROBES_MAX]
-        best = np.full((len(some), 0), 0, np.float32)
-        rows = np.empty((len(some), 0), np.int64)
-        for first in range(0, stored.shape[0], _BLOCK_ROWS):
-            products = some @ stored[first : first + _BLOCK_ROWS].astype(np.float32).T
-            best = np.concatenate([best, products], axis=1)
-            rows = np.concatenate(
-                [rows, np.broadcast_to(np.arange(first, first + products.shape[1]), products.shape)], axis=1
-            )
-            if best.shape[1] > wanted:
-                chosen = np.argpartition(-best, wanted - 1, axis=1)[:, :wanted]
-                best, rows = np.take_along_axis(best, chosen, 1), np.take_along_axis(rows, chosen, 1)
-        found.extend(Found(mine, exact_scores_of(stored, mine, probe)) for mine, probe in zip(rows, some, strict=True))
-    return found
+def best_flat(stored: NDArray[np.float16], probes: Float32, count: int) -> Found:
+    """About the `count` best rows of each probe, with their scores."""
+    wanted = min(count, len(stored))
+    if wanted <= 0 or not len(probes):
+        return NOTHING
+    best = np.empty((len(probes), 0), np.float32)
+    rows = np.empty((len(probes), 0), np.int64)
+    wide = np.empty((min(_BLOCK_ROWS, len(stored)), stored.shape[1]), np.float32)
+    for start in range(0, len(stored), _BLOCK_ROWS):
+        block = stored[start : start + _BLOCK_ROWS]
+        products = probes @ widen(block, wide[: len(block)]).T
+        numbers = np.broadcast_to(np.arange(start, start + len(block)), products.shape)
+        best, rows = np.concatenate([best, products], axis=1), np.concatenate([rows, numbers], axis=1)
+        if best.shape[1] > wanted:
+            chosen = np.argpartition(-best, wanted - 1, axis=1)[:, :wanted]
+            best, rows = np.take_along_axis(best, chosen, 1), np.take_along_axis(rows, chosen, 1)
+    which = np.repeat(np.arange(len(probes)), wanted)
+    return Found(which, rows.ravel(), pair_scores(stored, rows.ravel(), probes, which))
