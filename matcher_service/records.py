@@ -103,7 +103,14 @@ def space_dict(space: TemplateSpace) -> dict[str, Any]:
         "maps": [{"source": space_id_dict(one.source), "matrix": _array_text(one.matrix)} for one in space.maps],
         "score_table": None
         if table is None
-        else {"scores": list(table.scores), "rates": list(table.rates), "method": table.method},
+        else {
+            "scores": list(table.scores),
+            "rates": list(table.rates),
+            "method": table.method,
+            "estimates": list(table.estimates),
+            "low_rates": list(table.low_rates),
+            "confidence": table.confidence,
+        },
     }
 
 
@@ -122,7 +129,15 @@ def decode_space(record: bytes) -> TemplateSpace:
         maps=tuple(maps),
         score_table=None
         if table is None
-        else ScoreTable(tuple(table["scores"]), tuple(table["rates"]), table["method"]),
+        else ScoreTable(
+            tuple(table["scores"]),
+            tuple(table["rates"]),
+            table["method"],
+            # Absent from records of the first release.
+            tuple(table.get("estimates", ())),
+            tuple(table.get("low_rates", ())),
+            table.get("confidence", 0.0),
+        ),
     )
 
 

@@ -97,12 +97,17 @@ class SpaceId(NamedTuple):
 class ScoreTable:
     """Score to false-match rate, as measured: `scores` ascending, `rates` non-increasing in (0, 1].
 
-    `method` says in words where it comes from, and the last entry is as far as the data reach.
+    `method` says in words where it comes from, and the last entry is as far as the data reach. The rates are upper
+    limits. Where they are known, `estimates` and `low_rates` are the best estimates and the lower limits at the same
+    scores, and `confidence` is that of the interval; else they are empty and 0.
     """
 
     scores: tuple[float, ...]
     rates: tuple[float, ...]
     method: str
+    estimates: tuple[float, ...] = ()
+    low_rates: tuple[float, ...] = ()
+    confidence: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
