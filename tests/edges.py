@@ -215,26 +215,40 @@ class Edges:
 
 
 @contextlib.asynccontextmanager
-async def served(flat: FlatService | None = None, **sections: dict[str, Any]) -> AsyncIterator[Edges]:
-    """Both edges on free ports of loopback."""
+async def served(
+    flat: FlatService | None = None, *, http: bool = False, **sections: dict[str, Any]
+) -> AsyncIterator[Edges]:
+    """The gRPC edge on a free port of loopback, and the HTTP edge too if asked for."""
     flat = flat or FlatService()
     service = flat.service(settings_of(**sections))
     grpc_server = build_grpc_server(service)
     grpc_port = await grpc_server.start()
+    try:
+        async with _http_port(service) if http else contextlib.nullcontext(0) as http_port:
+            yield Edges(flat, service, grpc_server, grpc_port, http_port)
+    finally:
+        for gate in (flat.gate, *flat.gates.values()):
+            gate.set()
+        await grpc_server.stop(1.0)
+
+
+@contextlib.asynccontextmanager
+async def _http_port(service: Service) -> AsyncIterator[int]:
     # The protocol is named so that asyncio turns delayed sending off on every connection.
     listener = socket.socket(proto=socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))
     listener.listen()  # from here on a connection waits instead of being refused
-    http = _Http(uvicorn.Config(build_http_app(service), loop="none", log_config=None, lifespan="off"))
-    serving = asyncio.create_task(http.serve(sockets=[listener]))
+    server = _Http(
+        uvicorn.Config(
+            build_http_app(service), loop="none", log_config=None, lifespan="off", timeout_graceful_shutdown=1
+        )
+    )
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
-        yield Edges(flat, service, grpc_server, grpc_port, listener.getsockname()[1])
+        yield listener.getsockname()[1]
     finally:
-        for gate in (flat.gate, *flat.gates.values()):
-            gate.set()
-        http.should_exit = True
+        server.should_exit = True
         await serving
-        await grpc_server.stop(1.0)
 
 
 async def until(holds: Callable[[], bool]) -> None:

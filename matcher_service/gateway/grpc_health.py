@@ -46,11 +46,13 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         try:
             told = None
             while True:
+                # Looked at before the status: whoever is let go has been told.
+                closed = self._closed.is_set()
                 status = self._status() if request.service in self._names else _Status.SERVICE_UNKNOWN
                 if status != told:
                     told = status
                     yield _Status(status=status)
-                if self._closed.is_set():
+                if closed:
                     return
                 try:
                     async with asyncio.timeout(WATCH_INTERVAL_S):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from html import escape
 from typing import Any
 
@@ -54,18 +55,18 @@ class Problem(BaseModel):
 
 
 def add_to(app: FastAPI) -> None:
-    """Serve the description of the routes that the app has by now."""
-    description = describe(app)
-    page = docs_page(description)
-    app.openapi = lambda: description  # type: ignore[method-assign]
+    """Serve the description of the app's routes; made when it is first asked for, because it takes a while."""
+    description = functools.cache(lambda: describe(app))
+    page = functools.cache(lambda: docs_page(description()))
+    app.openapi = description  # type: ignore[method-assign]
 
     @app.get("/openapi.json", include_in_schema=False)
     async def openapi() -> Response:
-        return json_response(description)
+        return json_response(description())
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:
-        return HTMLResponse(page)
+        return HTMLResponse(page())
 
     @app.get("/", include_in_schema=False)
     async def root() -> Response:

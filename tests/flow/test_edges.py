@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import gzip
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,7 @@ async def test_a_caller_who_leaves_takes_his_work_with_him(how: str) -> None:
 async def test_an_http_caller_who_hangs_up_takes_his_work_with_him() -> None:
     flat = FlatService()
     flat.gate.clear()
-    async with served(flat) as edges:
+    async with served(flat, http=True) as edges:
         reader, writer = await asyncio.open_connection("127.0.0.1", edges.http_port)
         body = probes("a").SerializeToString()
         head = "".join(f"{name}: {value}\r\n" for name, value in PROTOBUF.items())
@@ -304,18 +305,22 @@ async def test_a_watcher_sees_alerts_from_its_subscription_on_until_the_service_
 # --- credentials -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("metadata", [(), (("authorization", "Bearer wrong"),), (("authorization", "Basic eDp5"),)])
-async def test_no_method_answers_without_a_valid_token(method: str, metadata: Any) -> None:
+async def test_no_method_answers_without_a_valid_token() -> None:
+    wrong: tuple[Any, ...] = ((), (("authorization", "Bearer wrong"),), (("authorization", "Basic eDp5"),))
     async with served() as edges, edges.channel() as channel:
-        # Not even a message is awaited: the stream is refused while the caller has sent nothing.
-        call = raw_stream(channel, method, metadata)
-        if method not in ("IdentifyStream", "Enrol"):
-            await call.write(b"")
-        with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await call.read()
-        assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
-        assert error_info(refused.value)["field"] == "authorization"
+        for method, metadata in itertools.product(METHODS, wrong):
+            await refused_as_unauthenticated(channel, method, metadata)
+
+
+async def refused_as_unauthenticated(channel: grpc.aio.Channel, method: str, metadata: Any) -> None:
+    # Not even a message is awaited: a stream is refused while the caller has sent nothing.
+    call = raw_stream(channel, method, metadata)
+    if method not in ("IdentifyStream", "Enrol"):
+        await call.write(b"")
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await call.read()
+    assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert error_info(refused.value)["field"] == "authorization"
 
 
 async def test_health_and_reflection_are_open_and_say_what_is_served() -> None:
@@ -348,7 +353,7 @@ async def test_a_watcher_of_the_health_is_told_when_the_service_stops() -> None:
 
 
 async def test_http_guards_every_path_but_health_and_on_loopback_the_metrics_and_docs() -> None:
-    async with served() as edges, httpx.AsyncClient(base_url=edges.url) as stranger:
+    async with served(http=True) as edges, httpx.AsyncClient(base_url=edges.url) as stranger:
         for path in ("/livez", "/readyz", "/metrics", "/docs", "/openapi.json"):
             assert (await stranger.get(path)).status_code == 200, path
         for path in ("/v1/galleries", "/v1/alerts", "/v1/none", "/metrics/"):
@@ -381,7 +386,7 @@ async def test_a_message_over_the_limit_is_refused_even_if_compressed_and_the_se
 
 async def test_an_http_body_over_the_limit_is_refused_declared_or_chunked_and_a_compressed_one_always() -> None:
     async with (
-        served(limits={"message_bytes_max": 4096}) as edges,
+        served(http=True, limits={"message_bytes_max": 4096}) as edges,
         httpx.AsyncClient(base_url=edges.url, headers=PROTOBUF) as client,
     ):
         declared = await client.post("/v1/identify", content=bytes(5000))
@@ -413,7 +418,7 @@ async def test_law_6_a_defect_is_answered_as_internal_and_logged_without_its_tex
     flat = FlatService()
     flat.refusal = RuntimeError("0.123456 is a value of a probe")
     with capture_logs() as logged:
-        async with served(flat) as edges, edges.channel() as channel:
+        async with served(flat, http=True) as edges, edges.channel() as channel:
             stub = MatcherStub(channel)
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await stub.Identify(probes("a"), metadata=METADATA)
@@ -443,7 +448,7 @@ async def test_a_unary_call_all_of_whose_probes_are_rejected_for_one_cause_has_i
 
 async def test_requests_are_counted_by_transport_verb_and_result() -> None:
     flat = FlatService()
-    async with served(flat) as edges, edges.channel() as channel:
+    async with served(flat, http=True) as edges, edges.channel() as channel:
         async with httpx.AsyncClient(base_url=edges.url, headers=HEADERS) as client:
             await client.get("/v1/galleries")
             await client.get("/v1/galleries/none")
@@ -514,7 +519,7 @@ async def test_withdrawals_reach_the_flow_by_reference_and_by_subject() -> None:
 async def test_a_refusal_by_the_flow_keeps_its_cause_field_and_hint_on_both_edges() -> None:
     flat = FlatService()
     flat.refusal = NotFound("no such deployment", field="deployment_id", hint="create it", retry_after_ms=1500)
-    async with served(flat) as edges, edges.channel() as channel:
+    async with served(flat, http=True) as edges, edges.channel() as channel:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await MatcherStub(channel).Identify(probes("a"), metadata=METADATA)
         assert refused.value.code() is grpc.StatusCode.NOT_FOUND
