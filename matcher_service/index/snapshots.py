@@ -16,6 +16,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +31,7 @@ from matcher_service.index.manifest import GalleryFiles, Manifest
 from matcher_service.index.rows import Rows
 from matcher_service.index.scanners import Scanners
 from matcher_service.index.segment import LIVE, SealedFile, Segment
-from matcher_service.index.segment_file import Contents, new_file_id, read_sealed, sealed
+from matcher_service.index.segment_file import new_file_id, read_sealed, sealed
 
 _LOADS_AT_ONCE = 2
 _SCANNER_PREFIX = "scanner."
@@ -46,6 +47,14 @@ class Ended(NamedTuple):
     rows: NDArray[np.int64]
     died_at: NDArray[np.int64]
     died_ms_min: int
+
+
+class SegmentContents(NamedTuple):
+    """What a segment's file holds; see `Segment` for `hurried`."""
+
+    rows: Rows
+    scanner_arrays: dict[str, NDArray[Any]]
+    hurried: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,14 +144,14 @@ class Snapshots:
             return Manifest(0, {})
 
     def _load(self, gallery_id: str, files: GalleryFiles, key: bytes) -> GalleryState:
-        ends = read_state(self._disk, gallery_id, files, key)
+        ends = read_state(self._disk.directory, gallery_id, files, key)
 
         def load(place: int) -> Segment:
             file = files.segments[place]
-            content, scanner_arrays = read_rows(self._disk, gallery_id, file, key)
+            content, scanner_arrays, hurried = read_rows(self._disk.directory, gallery_id, file, key)
             if content.dimension != files.dimension:
                 raise DataDamaged(f"{file.name} holds {content.dimension}-d templates, not {files.dimension}-d")
-            segment = Segment(content, self._scanners.load(content.stored, scanner_arrays))
+            segment = Segment(content, self._scanners.load(content.stored, scanner_arrays), hurried)
             one = ends[place]
             if len(one.rows) and not 0 <= int(one.rows.min()) <= int(one.rows.max()) < len(content):
                 raise DataDamaged(f"{files.state.name} ends rows that {file.name} does not have")
@@ -161,7 +170,8 @@ class Snapshots:
         arrays: dict[str, NDArray[Any]] = segment.content.arrays()
         for name, array in self._scanners.arrays(segment.scanner).items():
             arrays[_SCANNER_PREFIX + name] = array
-        segment.file = self._write_sealed(gallery_id, "rows", {"gallery_id": gallery_id}, arrays, key)
+        facts = {"gallery_id": gallery_id, "hurried": segment.hurried}
+        segment.file = self._write_sealed(gallery_id, "rows", facts, arrays, key)
         return segment.file
 
     def _seal_state(
@@ -211,9 +221,9 @@ def gallery_key(key: Key, gallery_id: str) -> bytes | None:
         return None
 
 
-def read_state(disk: Disk, gallery_id: str, files: GalleryFiles, key: bytes) -> list[Ended]:
+def read_state(directory: Path, gallery_id: str, files: GalleryFiles, key: bytes) -> list[Ended]:
     """The ends of rows per segment. Raises DataDamaged, also if the manifest says otherwise than the state."""
-    facts, arrays = read_sealed(disk.directory / files.state.name, key, files.state.file_id)
+    facts, arrays = read_sealed(directory / files.state.name, key, files.state.file_id)
     said = (facts.get("gallery_id"), facts.get("dimension"), facts.get("segments"))
     if said != (gallery_id, files.dimension, [file.file_id for file in files.segments]):
         raise DataDamaged(f"{files.state.name} and the manifest disagree about gallery {gallery_id}")
@@ -226,9 +236,9 @@ def read_state(disk: Disk, gallery_id: str, files: GalleryFiles, key: bytes) -> 
         raise DataDamaged(f"{files.state.name} lacks the ends of a segment") from error
 
 
-def read_rows(disk: Disk, gallery_id: str, file: SealedFile, key: bytes) -> tuple[Rows, dict[str, NDArray[Any]]]:
+def read_rows(directory: Path, gallery_id: str, file: SealedFile, key: bytes) -> SegmentContents:
     """The rows of a segment and the arrays of its scanner. Raises DataDamaged."""
-    contents: Contents = read_sealed(disk.directory / file.name, key, file.file_id)
+    contents = read_sealed(directory / file.name, key, file.file_id)
     if contents.facts.get("gallery_id") != gallery_id:
         raise DataDamaged(f"{file.name} does not belong to gallery {gallery_id}")
     scanner_arrays = {
@@ -236,7 +246,7 @@ def read_rows(disk: Disk, gallery_id: str, file: SealedFile, key: bytes) -> tupl
         for name, array in contents.arrays.items()
         if name.startswith(_SCANNER_PREFIX)
     }
-    return Rows.from_arrays(contents.arrays), scanner_arrays
+    return SegmentContents(Rows.from_arrays(contents.arrays), scanner_arrays, bool(contents.facts.get("hurried")))
 
 
 def _ended(segment: Segment, sequence: int) -> Ended:
