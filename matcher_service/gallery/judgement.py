@@ -59,6 +59,8 @@ class _Judge:
         self._state = transaction.state
         self._at_ms = transaction.at_ms
         self._draw_nonce = draw_nonce
+        # One for each gallery and outcome, not for each reference.
+        self._enrolments: dict[tuple[str, str], Note] = {}
 
     def __call__(self, write: Write) -> Receipt:
         match write:
@@ -122,7 +124,11 @@ class _Judge:
                 hint="set replace to enrol another template under it, or choose another reference_id",
             )
         sequence = self._transaction.enrol(write, expires_at_ms, self._draw_nonce())
-        self._transaction.note(Note("reference.replaced" if lives else "reference.enrolled", gallery_id), sequence)
+        action = "reference.replaced" if lives else "reference.enrolled"
+        note = self._enrolments.get((action, gallery_id))
+        if note is None:
+            note = self._enrolments[(action, gallery_id)] = Note(action, gallery_id)
+        self._transaction.note(note, sequence)
         return Receipt(WriteOutcome.REPLACED if lives else WriteOutcome.ENROLLED, sequence)
 
     def _repeated(self, write: Enrol, first: FirstUse) -> Receipt:

@@ -9,8 +9,12 @@ NAME_BYTES_MAX = 1024
 
 def storable(name: str) -> bool:
     """1 to NAME_BYTES_MAX bytes of valid UTF-8 without a zero byte, which not every database stores."""
+    if not name or "\0" in name:
+        return False
+    if name.isascii():  # nearly all are, and every write is asked
+        return len(name) <= NAME_BYTES_MAX
     try:
-        return 0 < len(name.encode()) <= NAME_BYTES_MAX and "\0" not in name
+        return len(name.encode()) <= NAME_BYTES_MAX
     except UnicodeEncodeError:
         return False
 
