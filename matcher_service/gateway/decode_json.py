@@ -48,6 +48,9 @@ from matcher_service.terms import (
 
 AnyBody = TypeVar("AnyBody", bound=Body)
 
+# A caller chooses the names of unknown fields; what is repeated of them is bounded.
+FIELD_NAME_MAX = 200
+
 _NUMBERS_HINT = "send a list of numbers, or base64 of little-endian values"
 
 
@@ -85,7 +88,7 @@ def of_kind(kind: str, location: Sequence[str | int], message: str) -> InvalidIn
 def path(location: Sequence[str | int]) -> str:
     """('probes', 3, 'template') to probes[3].template."""
     parts = [f"[{one}]" if isinstance(one, int) else f".{one}" for one in location]
-    return "".join(parts).removeprefix(".")
+    return "".join(parts).removeprefix(".")[:FIELD_NAME_MAX]
 
 
 # Where a field of the wire messages stands in a JSON body: one object per row instead of parallel columns.

@@ -34,6 +34,10 @@ Reply = TypeVar("Reply", bound=Message)
 SERVICE_NAME = "matcher.v1.Matcher"
 ERROR_DOMAIN = "matcher.v1"
 
+# Longest text of one part of a status: peers commonly refuse headers over 8 KiB in all, and would then see
+# neither the cause nor what to do.
+STATUS_TEXT_MAX = 250
+
 # Unary calls at once, beside the streams; what they ask for is bounded by admission.
 UNARY_CALLS_MAX = 128
 KEEPALIVE_MS = 30_000
@@ -58,6 +62,7 @@ STATUS_BY_CLASS: dict[type[MatcherError], grpc.StatusCode] = {
     errors.LogUnavailable: grpc.StatusCode.UNAVAILABLE,
     errors.AuditUnavailable: grpc.StatusCode.UNAVAILABLE,
     errors.ShardUnavailable: grpc.StatusCode.UNAVAILABLE,
+    errors.ModelsUnavailable: grpc.StatusCode.UNAVAILABLE,
     errors.ReplayBehind: grpc.StatusCode.UNAVAILABLE,
     errors.ServiceFault: grpc.StatusCode.UNAVAILABLE,
     errors.DataDamaged: grpc.StatusCode.INTERNAL,
@@ -89,13 +94,14 @@ def status_of(refusal: MatcherError) -> grpc.StatusCode:
 
 def rich_status(refusal: MatcherError) -> status_pb2.Status:
     """google.rpc.Status with ErrorInfo (the cause and the hint), BadRequest (the field) and RetryInfo."""
+    field, hint = _clipped(refusal.field), _clipped(refusal.hint)
     info = error_details_pb2.ErrorInfo(
-        reason=refusal.cause, domain=ERROR_DOMAIN, metadata={"field": refusal.field, "hint": refusal.hint}
+        reason=refusal.cause, domain=ERROR_DOMAIN, metadata={"field": field, "hint": hint}
     )
     details: list[Message] = [info]
     if refusal.field:
         violation = error_details_pb2.BadRequest.FieldViolation(
-            field=refusal.field, description=encode.in_words(refusal), reason=refusal.cause
+            field=field, description=_clipped(encode.in_words(refusal)), reason=refusal.cause
         )
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     if refusal.retry_after_ms is not None:
@@ -107,7 +113,11 @@ def rich_status(refusal: MatcherError) -> status_pb2.Status:
         one = any_pb2.Any()
         one.Pack(detail)
         packed.append(one)
-    return status_pb2.Status(code=status_of(refusal).value[0], message=str(refusal), details=packed)
+    return status_pb2.Status(code=status_of(refusal).value[0], message=_clipped(str(refusal)), details=packed)
+
+
+def _clipped(text: str) -> str:
+    return text if len(text) <= STATUS_TEXT_MAX else text[: STATUS_TEXT_MAX - 1] + "…"
 
 
 async def _end_with(refusal: MatcherError, context: CallContext) -> None:
@@ -115,7 +125,7 @@ async def _end_with(refusal: MatcherError, context: CallContext) -> None:
     trailing: list[tuple[str, str | bytes]] = [("grpc-status-details-bin", rich_status(refusal).SerializeToString())]
     if refusal.retry_after_ms is not None:
         trailing.append(("grpc-retry-pushback-ms", str(refusal.retry_after_ms)))
-    await context.abort(status_of(refusal), str(refusal), tuple(trailing))
+    await context.abort(status_of(refusal), _clipped(str(refusal)), tuple(trailing))
 
 
 class MatcherEdge:

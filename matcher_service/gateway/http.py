@@ -45,6 +45,7 @@ STATUS_BY_CLASS: dict[type[MatcherError], HTTPStatus] = {
     errors.LogUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.AuditUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.ShardUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.ModelsUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.ReplayBehind: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.MemoryRefused: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.ServiceFault: HTTPStatus.SERVICE_UNAVAILABLE,

@@ -133,6 +133,49 @@ async def test_a_caller_who_leaves_takes_his_work_with_him(how: str) -> None:
         assert flat.answered == 0
 
 
+async def test_a_unary_caller_who_leaves_or_whose_time_is_up_takes_his_work_with_him() -> None:
+    flat = FlatService()
+    flat.gate.clear()
+    async with served(flat) as edges, edges.channel() as channel:
+        stub = MatcherStub(channel)
+        left = stub.Identify(probes("a"), metadata=METADATA)
+        await until(lambda: flat.waiting == 1)
+        left.cancel()
+        await until(lambda: flat.cancelled == 1)
+        with pytest.raises(grpc.aio.AioRpcError) as late:
+            await stub.Identify(probes("b"), metadata=METADATA, timeout=0.1)
+        assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        await until(lambda: flat.cancelled == 2)
+
+
+async def test_law_3_answers_that_nobody_reads_hold_back_the_reading_of_more() -> None:
+    flat = FlatService()
+    names = [f"{'p' * 120}{number:04d}" for number in range(1000)]
+    message = probes(*names, templates=bytes(16_000), dtype=pb.FLOAT32, message_id="m")
+    async with served(flat, limits={"stream_messages_in_flight_max": 2}) as edges, edges.channel() as channel:
+        stream = MatcherStub(channel).IdentifyStream(metadata=METADATA)
+        sent = 0
+
+        async def send() -> None:
+            nonlocal sent
+            while True:
+                await stream.write(message)
+                sent += 1
+
+        sending = asyncio.create_task(send())
+        # Nothing is read: at some point everything between both ends is full, and the service takes no more.
+        before = -1
+        while before != flat.answered or not flat.answered:
+            before = flat.answered
+            for _ in range(20):
+                await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        assert flat.answered <= 200
+        sending.cancel()
+        await asyncio.wait((sending,))
+        stream.cancel()
+        await until(lambda: edges.service.metrics.registry.get_sample_value("matcher_streams_open") == 0)
+
+
 async def test_an_http_caller_who_hangs_up_takes_his_work_with_him() -> None:
     flat = FlatService()
     flat.gate.clear()

@@ -279,6 +279,12 @@ def test_a_refusal_never_repeats_a_template() -> None:
         assert refused.value.__cause__ is None or "123456" not in str(refused.value.__cause__)
 
 
+def test_what_is_repeated_of_an_unknown_field_is_bounded() -> None:
+    with pytest.raises(InvalidInput) as refused:
+        decoded_json(changed(**{"x" * 100_000: 1}))
+    assert refused.value.field == "x" * decode_json.FIELD_NAME_MAX
+
+
 # --- references ------------------------------------------------------------------------------------------
 
 

@@ -129,6 +129,14 @@ def test_a_rich_status_says_what_where_what_to_do_and_when() -> None:
     assert status.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
 
 
+def test_a_status_fits_into_the_headers_that_peers_take() -> None:
+    long = "面" * 100_000
+    status = grpc_edge.rich_status(InvalidInput(long, hint=long, field=long, retry_after_ms=1))
+    # In the headers the details stand in base64 and the message in percent encoding, within 8 KiB.
+    details, message = len(status.SerializeToString()) * 4 / 3, len(status.message.encode()) * 3
+    assert details + message < 8000
+
+
 def test_the_text_of_a_defect_reaches_nobody() -> None:
     try:
         raise ValueError("0.25, 0.5")
