@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,3 +34,8 @@ def answers(backend: Any, name: str, results: Sequence[Any]) -> list[Any]:
 def refusal(backend: Any, error: MatcherError) -> Any:
     """A refusal of one request. The text names causes and shapes, never a value of a template (law 6)."""
     return backend.InferenceResponse(error=backend.TritonError(f"[{error.cause}] {error}"))
+
+
+def named(backend: Any, tensors: Mapping[str, np.ndarray]) -> Any:
+    """The response with these tensors."""
+    return backend.InferenceResponse([backend.Tensor(name, values) for name, values in tensors.items()])

@@ -1,0 +1,1 @@
+"""Photographs of faces to raw templates. Needs the extra `embedder`; nothing else of the service does."""
