@@ -1,0 +1,216 @@
+"""The `matcher` commands against a service of its own process, as a person types them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from matcher_service.__main__ import run
+from tests.served_process import served
+
+D = 16
+
+
+@dataclass
+class Shell:
+    """Runs commands in this process, with the service's addresses in the environment."""
+
+    capsys: pytest.CaptureFixture[str]
+
+    def __call__(self, *arguments: str) -> tuple[int, str, str]:
+        """Exit code, standard output, standard error."""
+        code = run(arguments)
+        out, err = self.capsys.readouterr()
+        return code, out, err
+
+    def json(self, *arguments: str, code: int = 0) -> Any:
+        """The lines of JSON that a command printed: one document, or a list of several."""
+        got, out, err = self(*arguments, "--json")
+        assert got == code, err
+        lines = [json.loads(line) for line in out.splitlines()]
+        return lines[0] if len(lines) == 1 else lines
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A served data directory; its addresses stand in the environment, as for a user who exported them."""
+    folder = tmp_path_factory.mktemp("service")
+    with served(folder / "data", folder / "log") as process, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MATCHER_HTTP_URL", f"http://127.0.0.1:{process.http_port}")
+        patch.setenv("MATCHER_GRPC_ADDRESS", f"127.0.0.1:{process.grpc_port}")
+        patch.setenv("MATCHER_TOKEN_FILE", str(folder / "data" / "token"))
+        yield folder
+
+
+@pytest.fixture
+def shell(service: Path, capsys: pytest.CaptureFixture[str]) -> Shell:
+    return Shell(capsys)
+
+
+GALLERY = (
+    "--controller=a force", "--lawful-basis=PACE 1984 s.64A", "--purpose=a test", "--retention=30d",
+    f"--space=test/1/{D}", "--threshold=0.9",
+)  # fmt: skip
+
+
+def test_the_whole_of_an_operation_from_the_command_line(shell: Shell, tmp_path: Path) -> None:
+    """Space, galleries, import of both formats, deployment, edge, alerts, withdrawal, audit, deletion."""
+    rng = np.random.default_rng(1)
+    templates = rng.normal(size=(300, D)).astype(np.float32)
+    ids = [f"r{row:03}" for row in range(300)]
+    subjects = [f"s{row // 3}" for row in range(300)]
+
+    np.save(tmp_path / "centre.npy", np.zeros(D, np.float32))
+    assert shell.json("spaces", "register", f"test/1/{D}", f"--centre={tmp_path / 'centre.npy'}")["sequence"] == 1
+    assert shell.json("spaces", "list") == {"spaces": [{"name": "test", "version": 1, "dimension": D}]}
+    assert shell.json("galleries", "create", "custody", "--kind=custody", *GALLERY)["gallery_id"] == "custody"
+    shell.json("galleries", "create", "wanted", "--kind=watchlist", *GALLERY)
+    assert [one["gallery_id"] for one in shell.json("galleries", "list")["galleries"]] == ["custody", "wanted"]
+    assert [one["gallery_id"] for one in shell.json("watchlists", "list")["watchlists"]] == ["wanted"]
+    assert shell.json("galleries", "show", "custody")["retention_ms"] == 30 * 86_400_000
+    assert shell.json("watchlists", "show", "wanted")["kind"] == "watchlist"
+
+    # Import: bad rows are told and make the exit code 1; the same again changes nothing.
+    spoilt = templates[:200].copy()
+    spoilt[5] = 0
+    npz = tmp_path / "custody.npz"
+    np.savez(npz, templates=spoilt, reference_ids=np.array(ids[:200]), subject_ids=np.array(subjects[:200]))
+    code, out, err = shell("import", "custody", str(npz), f"--bad-rows={tmp_path / 'bad.jsonl'}")
+    assert code == 1
+    assert "row 5 (r005): ZERO_TEMPLATE" in err
+    assert "199 enrolled, 1 refused" in out
+    assert json.loads((tmp_path / "bad.jsonl").read_text())["row"] == 5
+    assert shell.json("import", "custody", str(npz), code=1)["repeated"] == 199
+    parquet = tmp_path / "wanted.parquet"
+    columns = {
+        "reference_id": ids[200:],
+        "subject_id": subjects[200:],
+        "template": pa.FixedSizeListArray.from_arrays(pa.array(templates[200:].ravel()), D),
+    }
+    pq.write_table(pa.table(columns), parquet, row_group_size=30)
+    assert shell.json("import", "wanted", str(parquet))["enrolled"] == 100
+    assert shell.json("import", "wanted", str(parquet), "--replace")["replaced"] == 100
+
+    held = shell.json("references", "list", "custody", "--limit=0")
+    assert [one["reference_id"] for one in held] == [one for one in ids[:200] if one != "r005"]
+    assert [one["reference_id"] for one in shell.json("references", "list", "custody", "--limit=2")] == ["r000", "r001"]
+    assert shell.json("references", "show", "custody", "r007")["subject_id"] == "s2"
+    assert len(shell.json("subjects", "show", "s2")["references"]) == 3
+
+    # Search: every template finds its own subject; one that is not finite is rejected, and the exit code is 1.
+    shell.json(
+        "deployments", "create", "op", "--gallery=custody", "--gallery=wanted", "--closes=+12h",
+        "--authorised-by=Insp. Reed", "--reason=a test", "--place=here",
+    )  # fmt: skip
+    assert shell.json("deployments", "show", "op")["authorised_by"] == "Insp. Reed"
+    assert [one["deployment_id"] for one in shell.json("deployments", "list")["deployments"]] == ["op"]
+    asked = [row for row in range(0, 300, 2) if row != 5]
+    probes = tmp_path / "probes.npz"
+    np.savez(probes, templates=templates[asked], probe_ids=np.array([f"p{row}" for row in asked]))
+    *answers, last = shell.json("edge", str(probes), "--deployment=op", "--batch=7")
+    assert {one["probe_id"]: one["candidates"][0]["subject_id"] for one in answers} == {
+        f"p{row}": subjects[row] for row in asked
+    }
+    assert last["summary"]["alerts"] == last["summary"]["answered"] == len(asked)
+    assert 0 < last["summary"]["latency_ms"]["p50"] <= last["summary"]["latency_ms"]["max"]
+    np.savez(probes, templates=np.vstack([templates[:3], np.full((1, D), np.nan, np.float32)]))
+    code, out, err = shell("edge", str(probes), "--deployment=op", "--rate=1000")
+    assert code == 1
+    assert "3 alerts, 0 without candidate, 0 incomplete, 1 rejected" in out
+    assert "NOT_FINITE 1" in out
+    assert "ALERT  probe row-1: s0 (custody) score 1.000" in err
+    shell.json(
+        "cases", "create", "case-1", "--gallery=custody", "--closes=+1h", "--requested-by=DC Hall", "--purpose=a test"
+    )
+    assert [one["case_reference"] for one in shell.json("cases", "list")["cases"]] == ["case-1"]
+
+    alerts = shell.json("alerts", "list", "--deployment=op", "--limit=0")
+    assert len(alerts) == len(asked) + 3
+    code, out, _ = shell("alerts", "list", "--limit=1")
+    assert (code, len(out.splitlines())) == (0, 2)
+
+    # Withdrawal, end and deletion.
+    assert shell.json("references", "withdraw", "custody", "r000", "--reason=court order")["withdrawn"] == [
+        {"gallery_id": "custody", "reference_id": "r000"}
+    ]
+    assert len(shell.json("subjects", "withdraw", "s1", "--reason=court order")["withdrawn"]) == 2
+    code, _, err = shell("references", "show", "custody", "r000")
+    assert code == 1
+    assert "NOT_FOUND" in err
+    shell.json("deployments", "end", "op")
+    code, out, _ = shell("edge", str(probes), "--deployment=op")
+    assert code == 1
+    assert "4 rejected" in out
+    assert "sequence" in shell.json("galleries", "delete", "wanted", "--reason=over", "--yes")
+    assert [one["gallery_id"] for one in shell.json("galleries", "list")["galleries"]] == ["custody"]
+
+    # The audit holds, and an earlier head of it can be shown to be in it still; another one cannot.
+    head = shell.json("audit", "verify")
+    assert head["intact"]
+    records = shell.json("audit", "list", "--limit=0")
+    assert [one["index"] for one in records] == list(range(1, head["index"] + 1))
+    noted = f"--noted={records[3]['index']}:{records[3]['hash']}"
+    assert shell("audit", "verify", noted)[0] == 0
+    code, _, err = shell("audit", "verify", f"--noted=4:{'0' * 64}")
+    assert code == 1
+    assert "record 4 has the hash" in err
+    code, _, err = shell("audit", "verify", f"--noted={head['index'] + 1}:{head['hash']}")
+    assert code == 1
+    assert "was cut" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        (("galleries", "show", "none"), "UNKNOWN_GALLERY"),
+        (("references", "list", "none"), "UNKNOWN_GALLERY"),
+        (("deployments", "show", "none"), "NOT_FOUND"),
+        (("galleries", "create", "x", "--kind=zoo", *GALLERY), "INVALID"),
+        (("galleries", "list", "--http=http://127.0.0.1:1"), "UNREACHABLE"),
+        (("galleries", "list", "--http=http://192.0.2.1:80"), "INVALID"),
+        (("galleries", "list", "--http=nowhere"), "INVALID"),
+        (("galleries", "list", "--token-file=/none/such"), "UNAUTHENTICATED"),
+        (("subjects", "withdraw", "none", "--reason= "), "INVALID"),
+    ],
+)
+def test_a_refusal_prints_cause_and_hint_and_exits_with_1(shell: Shell, arguments: tuple[str, ...], cause: str) -> None:
+    """Nothing goes to standard output; standard error names the cause and, on a second line, what to do."""
+    code, out, err = shell(*arguments)
+    assert (code, out) == (1, "")
+    first, second = err.splitlines()
+    assert first.startswith(f"matcher: {cause}: ")
+    assert second.strip()
+
+
+def test_a_wrong_token_is_refused_over_both_transports(shell: Shell, tmp_path: Path) -> None:
+    """The file named wins over the environment, and a token that is not the service's opens nothing."""
+    wrong = tmp_path / "token"
+    wrong.write_text("not-the-token-of-this-service-at-all\n")
+    np.savez(tmp_path / "probes.npz", templates=np.ones((2, D), np.float32))
+    for arguments in (
+        ("galleries", "list"),
+        ("alerts", "watch", "--count=1"),
+    ):
+        code, _, err = shell(*arguments, f"--token-file={wrong}")
+        assert code == 1
+        assert "UNAUTHENTICATED" in err
+    code, _, err = shell(
+        "edge", str(tmp_path / "probes.npz"), "--deployment=op", f"--space=test/1/{D}", f"--token-file={wrong}"
+    )
+    assert code == 1
+    assert "UNAUTHENTICATED" in err
+
+
+def test_the_token_may_come_from_the_environment(shell: Shell, service: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MATCHER_TOKEN serves where no file is named."""
+    monkeypatch.delenv("MATCHER_TOKEN_FILE")
+    monkeypatch.setenv("MATCHER_TOKEN", (service / "data" / "token").read_text().strip())
+    assert shell("galleries", "list")[0] == 0
