@@ -67,10 +67,15 @@ class _Tasks:
         self.failed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
-    def start(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+    def start(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work, name=name)
         task.add_done_callback(self._ended)
         self._tasks.append(task)
+        return task
+
+    def let_end(self, task: asyncio.Task[None]) -> None:
+        """From now on the end of this task is no failure."""
+        task.remove_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         if task.cancelled():
@@ -185,7 +190,7 @@ async def _serving(
     erase_within_s = settings.storage.erase_within_h * 3600
     tasks.start("erase", upkeep.erase_when_due(log, time, clock, metrics, erase_within_s))
     try:
-        async with _edges(service) as (http_port, grpc_port):
+        async with _edges(service, tasks) as (http_port, grpc_port):
             ready = True
             try:
                 yield Running(service, http_port, grpc_port, token, token_file, tasks.failed)
@@ -204,7 +209,7 @@ async def _serving(
 
 
 @asynccontextmanager
-async def _edges(service: Service) -> AsyncIterator[tuple[int, int]]:
+async def _edges(service: Service, tasks: _Tasks) -> AsyncIterator[tuple[int, int]]:
     """Both listeners, from bound ports to closed ones."""
     server = service.settings.server
     grpc_server = build_grpc_server(service)
@@ -224,7 +229,7 @@ async def _edges(service: Service) -> AsyncIterator[tuple[int, int]]:
                 server_header=False,
             )
         )
-        serving = asyncio.create_task(http.serve(sockets=[listener]), name="http")
+        serving = tasks.start("http", http.serve(sockets=[listener]))
         metrics_server = None
         if server.metrics_port and not is_loopback(server.host):
             metrics_server, _ = prometheus_client.start_http_server(
@@ -235,6 +240,7 @@ async def _edges(service: Service) -> AsyncIterator[tuple[int, int]]:
         finally:
             if metrics_server is not None:
                 metrics_server.shutdown()
+            tasks.let_end(serving)
             http.should_exit = True
             await serving
     finally:
@@ -243,7 +249,8 @@ async def _edges(service: Service) -> AsyncIterator[tuple[int, int]]:
 
 def _bound(host: str, port: int, field: str) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # The protocol is named so that asyncio turns delayed sending off on every connection.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
@@ -252,6 +259,8 @@ def _bound(host: str, port: int, field: str) -> socket.socket:
         raise StartRefused(
             f"cannot listen on {host}:{port}: {error.strerror}", field=f"server.{field}", hint="choose another port"
         ) from error
+    # Callers may connect as soon as the port is known; they are answered when the server is up.
+    listener.listen(2048)
     return listener
 
 
