@@ -17,7 +17,7 @@ CHECK_PICTURE = b"matcher: known values"
 PICTURES_MAX = 16
 
 # The answer's tensors: measures are quality, width of the face in pixels, sharpness.
-TEMPLATE, JUDGEMENT, MEASURES, DETAIL, SPACE = "TEMPLATE", "JUDGEMENT", "MEASURES", "DETAIL", "SPACE"
+TENSORS = ("TEMPLATE", "JUDGEMENT", "MEASURES", "DETAIL", "SPACE")
 
 
 def check_embedding(dimension: int) -> Embedding:
@@ -35,17 +35,18 @@ def tensors(embedder: Embedder, pictures: Sequence[bytes], crops: Sequence[bool]
         else:
             found.extend(embedder.embed([picture], Form.CROP if crop else Form.PHOTOGRAPH))
     none = np.zeros(space.dimension, np.float32)
-    return {
-        TEMPLATE: np.stack([none if one.template is None else one.template for one in found]),
-        JUDGEMENT: _texts([one.judgement for one in found]),
-        MEASURES: np.array([[one.quality, one.face_width_px, one.sharpness] for one in found], dtype=np.float32),
-        DETAIL: _texts([one.detail for one in found]),
-        SPACE: _texts([space_text(space)] * len(found)),
-    }
+    values = (
+        np.stack([none if one.template is None else one.template for one in found]),
+        _texts([one.judgement for one in found]),
+        np.array([[one.quality, one.face_width_px, one.sharpness] for one in found], dtype=np.float32),
+        _texts([one.detail for one in found]),
+        _texts([space_text(space)] * len(found)),
+    )
+    return dict(zip(TENSORS, values, strict=True))
 
 
 def embeddings(template: Float32, judgement: np.ndarray, measures: Float32, detail: np.ndarray) -> list[Embedding]:
-    """The answers that the tensors stand for; the inverse of `tensors`. Raises ValueError if they stand for none."""
+    """The answers that the first four tensors stand for; raises ValueError if they stand for none."""
     answers = []
     for row in range(len(template)):
         what = Judgement(judgement[row, 0].decode())

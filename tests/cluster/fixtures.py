@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from matcher_service.models.repository import assemble
 from tests.cluster.served_triton import ServedTriton
 from tests.cluster.server_environment import ROOT, CannotServe, ServerEnvironment, prepare
 
@@ -18,6 +20,7 @@ MODELS = ROOT / "triton_models"
 def server_environment() -> ServerEnvironment:
     """Skips, saying why, where a server cannot be had; where continuous integration runs, that is a failure."""
     try:
+        weights_folder()
         return prepare()
     except CannotServe as reason:
         if os.environ.get("CI") == "true":
@@ -39,10 +42,14 @@ def served_models(
         served.stop()
 
 
-def repository_for_cpu(into: Path, *, models: tuple[str, ...] = ("template_adapter", "score_calibrator")) -> Path:
-    """The models, with their instance groups for a machine without a GPU."""
-    import shutil
+def weights_folder() -> Path:
+    """Where the tests' own environment has the embedder's weights; the server's reads them there."""
+    spec = find_spec("face_recognition_models")
+    if spec is None or not spec.submodule_search_locations:
+        raise CannotServe("the weights of the extra `embedder` are not installed: pip install '.[embedder]'")
+    return Path(next(iter(spec.submodule_search_locations))) / "models"
 
-    for name in models:
-        shutil.copytree(MODELS / name, into / name)
-    return into
+
+def repository_for_cpu(into: Path) -> Path:
+    """The models as `matcher triton-repository` assembles them for a machine without a GPU."""
+    return assemble(MODELS, into, parameters={"files_dir": str(weights_folder())})

@@ -23,14 +23,15 @@ async def local(request: pytest.FixtureRequest) -> AsyncIterator[Models]:
 
 @asynccontextmanager
 async def on_triton(request: pytest.FixtureRequest) -> AsyncIterator[Models]:
-    from matcher_service.models.triton import TritonAddress, TritonModels
+    from matcher_service.models.triton import TritonModels
+    from matcher_service.triton_endpoints import TritonAddress, TritonEndpoints
 
     served = request.getfixturevalue("served_models")
-    opened = await TritonModels.open(TritonAddress((served.grpc_endpoint,), call_s_max=20.0, attempt_s_max=20.0))
+    endpoints = TritonEndpoints(TritonAddress((served.grpc_endpoint,), call_s_max=20.0, attempt_s_max=20.0))
     try:
-        yield opened
+        yield await TritonModels.open(endpoints)
     finally:
-        await opened.close()
+        await endpoints.close()
 
 
 IMPLEMENTATIONS = [pytest.param(local, id="local"), pytest.param(on_triton, id="triton", marks=pytest.mark.cluster)]
