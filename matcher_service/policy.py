@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from matcher_service.catalogue import Catalogue
 from matcher_service.errors import Conflict, Forbidden, Gone, InvalidInput, MatcherError, NotFound, StaleProbe
+from matcher_service.models.score_calibrator import check_table
+from matcher_service.models.template_adapter import check_space
 from matcher_service.terms import (
     Case,
     Cause,
@@ -294,20 +296,9 @@ def judge_change(write: Write, catalogue: Catalogue, id_bytes_max: int, dimensio
                     cause=Cause.WRONG_DIMENSION,
                     hint="give the length of the model's templates",
                 )
-            if space.centre.shape != (space.id.dimension,) or not np.isfinite(space.centre).all():
-                raise InvalidInput(
-                    f"the centre must be {space.id.dimension} finite numbers",
-                    field="centre",
-                    hint="send the mean template of the space",
-                )
-            for at, mapped in enumerate(space.maps):
-                if mapped.matrix.shape != (space.id.dimension, mapped.source.dimension):
-                    raise InvalidInput(
-                        f"the matrix must be {space.id.dimension} x {mapped.source.dimension}",
-                        field=f"maps[{at}].matrix",
-                        cause=Cause.WRONG_DIMENSION,
-                        hint="rows are of this space, columns of the source space",
-                    )
+            check_space(space)
+            if space.score_table is not None:
+                check_table(space.score_table)
         case _:
             pass
 
