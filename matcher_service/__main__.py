@@ -9,7 +9,16 @@ from typing import Annotated
 
 import typer
 
-from matcher_service.commands import authority, edge, galleries, import_references, recorded, references, serving
+from matcher_service.commands import (
+    authority,
+    edge,
+    galleries,
+    import_references,
+    inspection,
+    recorded,
+    references,
+    serving,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,6 +31,7 @@ app.command()(serving.serve)
 app.command()(serving.settings)
 app.command()(edge.edge)
 app.command("import")(import_references.import_references)
+app.command()(inspection.inspect)
 app.add_typer(galleries.galleries, name="galleries")
 app.add_typer(references.references, name="references")
 app.add_typer(references.subjects, name="subjects")

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from matcher_service.__main__ import run
+from tests.running_service import whole_service
 from tests.served_process import served
 
 D = 16
@@ -214,3 +215,32 @@ def test_the_token_may_come_from_the_environment(shell: Shell, service: Path, mo
     monkeypatch.delenv("MATCHER_TOKEN_FILE")
     monkeypatch.setenv("MATCHER_TOKEN", (service / "data" / "token").read_text().strip())
     assert shell("galleries", "list")[0] == 0
+
+
+async def test_inspect_tells_an_intact_index_from_a_damaged_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After an ordered stop the files hold every row; a changed bit is found, and a directory in use is left alone."""
+    data_dir = tmp_path / "data"
+    async with whole_service(data_dir, index={"segment_rows_max": 1000}) as service:
+        space = await service.space(D)
+        await service.gallery("custody", space)
+        templates = np.random.default_rng(7).normal(size=(1500, D)).astype(np.float32)
+        await service.enrol("custody", space, templates, [f"r{row}" for row in range(1500)])
+        capsys.readouterr()
+        assert run(["inspect", str(data_dir)]) == 1
+        assert "in use by process" in capsys.readouterr().err
+    assert run(["inspect", str(data_dir), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["problems"] == []
+    assert report["live"] == 1500
+    segment = Path(report["directory"]) / report["galleries"][0]["segments"][0]["file"]
+    content = bytearray(segment.read_bytes())
+    content[len(content) // 2] ^= 1
+    segment.write_bytes(content)
+    assert run(["inspect", str(data_dir)]) == 1
+    out, _ = capsys.readouterr()
+    assert f"problem: {segment.name}" in out
+    assert run(["inspect", str(tmp_path / "none")]) == 1
+    assert "no directory" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
