@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +47,7 @@ def served(data_dir: Path, log: Path, *prefix: str, **environment: str) -> Itera
             stderr=errors,
             text=True,
             env=environment,
+            start_new_session=True,
         )
     assert process.stdout is not None
     try:
@@ -62,7 +63,8 @@ def served(data_dir: Path, log: Path, *prefix: str, **environment: str) -> Itera
         assert token, f"the service did not start: {log.read_text()[-3000:]}"
         yield Served(process, ports["HTTP"], ports["gRPC"], token)
     finally:
-        if process.poll() is None:
-            process.kill()
+        # The whole group: a tracer that is killed leaves what it traces running.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait(30)
         process.stdout.close()
