@@ -47,7 +47,9 @@ def test_help_is_quick_because_it_imports_nothing_heavy() -> None:
     assert "serve" in done.stdout
 
 
-@pytest.mark.parametrize(("words", "command"), list(commands()), ids=lambda one: " ".join(one) if isinstance(one, tuple) else "")
+@pytest.mark.parametrize(
+    ("words", "command"), list(commands()), ids=lambda one: " ".join(one) if isinstance(one, tuple) else ""
+)
 def test_every_command_explains_itself_and_prints_json_if_asked(words: tuple[str, ...], command: Any) -> None:
     """Each has help, for itself and for each option; each that prints a result has --json."""
     assert command.help
