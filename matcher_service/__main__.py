@@ -11,13 +11,16 @@ import typer
 
 from matcher_service.commands import (
     authority,
+    calibrate,
     edge,
+    evaluate,
     galleries,
     import_references,
     inspection,
     recorded,
     references,
     serving,
+    synthesise,
 )
 
 app = typer.Typer(
@@ -31,6 +34,9 @@ app.command()(serving.serve)
 app.command()(serving.settings)
 app.command()(edge.edge)
 app.command("import")(import_references.import_references)
+app.command()(calibrate.calibrate)
+app.command()(evaluate.evaluate)
+app.command()(synthesise.synthesise)
 app.command()(inspection.inspect)
 app.add_typer(galleries.galleries, name="galleries")
 app.add_typer(references.references, name="references")

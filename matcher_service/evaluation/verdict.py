@@ -1,0 +1,227 @@
+"""Whether a threshold is defensible, in words for somebody who is not a statistician. Pure.
+
+It is defensible if every question has the answer yes; not defensible if one has the answer no; otherwise the test has
+not shown it, and says what would.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import StrEnum
+from typing import NamedTuple
+
+from matcher_service.evaluation.demographics import RATIO_OF_CONCERN, Differential, Finding
+from matcher_service.evaluation.evaluation import Evaluation
+from matcher_service.evaluation.intervals import Rate
+
+FAILURES_MAX = 0.01
+
+
+class Answer(StrEnum):
+    YES = "Yes"
+    NO = "No"
+    NOT_SHOWN = "Not shown"
+
+
+class Question(NamedTuple):
+    """A question, its answer, the evidence in a sentence or two, and what would settle it ("" if it is settled)."""
+
+    question: str
+    answer: Answer
+    evidence: str
+    settle: str = ""
+
+
+class Verdict(NamedTuple):
+    answer: Answer
+    headline: str
+    meaning: str
+    questions: tuple[Question, ...]
+
+
+def judge(evaluation: Evaluation) -> Verdict:
+    questions = (
+        _false_alerts(evaluation),
+        _missed(evaluation),
+        _groups(evaluation),
+        _answered(evaluation),
+        *(() if not evaluation.has_synthetic else (_real_people(evaluation),)),
+    )
+    answers = [one.answer for one in questions]
+    threshold = f"Threshold {evaluation.plan.threshold:.3f}"
+    size = f"a gallery of {evaluation.searches.enrolled:,} people"
+    if Answer.NO in answers:
+        wrong = next(one for one in questions if one.answer is Answer.NO)
+        return Verdict(
+            Answer.NO,
+            f"{threshold} is NOT defensible for {size}.",
+            f"Do not use it as it is. The reason: {_lower_first(wrong.question)} No. {wrong.evidence}",
+            questions,
+        )
+    if Answer.NOT_SHOWN in answers:
+        open_questions = [one for one in questions if one.answer is Answer.NOT_SHOWN]
+        return Verdict(
+            Answer.NOT_SHOWN,
+            f"{threshold} is NOT YET defensible for {size}: this test is too small to show it.",
+            "Nothing seen here speaks against the threshold, but "
+            + (
+                f"{len(open_questions)} of {len(questions)} questions stay"
+                if len(open_questions) > 1
+                else "one question stays"
+            )
+            + " open below. If somebody were wrongly stopped, this test alone would not justify the setting.",
+            questions,
+        )
+    return Verdict(
+        Answer.YES,
+        f"{threshold} is defensible for {size}.",
+        "This test shows that it meets what was asked of it. It holds for galleries up to this size, for this camera "
+        "quality and this model; test again when one of them changes.",
+        questions,
+    )
+
+
+def one_in(rate: float) -> str:
+    """A rate as people say it."""
+    if math.isnan(rate):
+        return "unknown"
+    if rate <= 0.0:
+        return "none"
+    if rate >= 0.995:
+        return "all"
+    if rate >= 0.1:
+        return f"{rate:.0%}"
+    every = 1.0 / rate
+    digits = 10 ** max(0, math.floor(math.log10(every)) - 1)
+    return f"1 in {round(every / digits) * digits:,.0f}"
+
+
+def _false_alerts(evaluation: Evaluation) -> Question:
+    plan = evaluation.plan
+    rate = evaluation.real_fpir or evaluation.fpir
+    question = f"Of people who are not in the gallery, does it wrongly alert on at most {one_in(plan.fpir_wanted)}?"
+    seen = (
+        f"{rate.events:,} of {rate.trials:,} searches for people not in the gallery gave a false alert "
+        f"({rate.subjects:,} different people)."
+    )
+    if not rate.is_measured:
+        return Question(question, Answer.NOT_SHOWN, "Nobody outside the gallery was searched for.", "Search for such.")
+    bounds = f" The true rate is, with {plan.confidence:.0%} confidence, {_between(rate)}."
+    if rate.high <= plan.fpir_wanted:
+        return Question(question, Answer.YES, seen + bounds)
+    if rate.low > plan.fpir_wanted:
+        return Question(question, Answer.NO, seen + bounds, "Raise the threshold, or search a smaller gallery.")
+    needed = math.ceil(-math.log((1 - plan.confidence) / 2) / plan.fpir_wanted)
+    return Question(
+        question,
+        Answer.NOT_SHOWN,
+        seen + bounds,
+        f"Even without a single false alert it would take at least {needed:,} different people who are not in the "
+        "gallery to show it; or raise the threshold."
+        if rate.subjects < needed
+        else "Test with more people who are not in the gallery, or raise the threshold.",
+    )
+
+
+def _missed(evaluation: Evaluation) -> Question:
+    plan, rate = evaluation.plan, evaluation.real_fnir or evaluation.fnir
+    if not rate.is_measured:
+        return Question("Does it find the people who are in the gallery?", Answer.NOT_SHOWN, "Nobody was searched for.")
+    seen = (
+        f"{rate.events:,} of {rate.trials:,} searches for people in the gallery missed them "
+        f"({rate.subjects:,} different people). The true rate is, with {plan.confidence:.0%} confidence, "
+        f"{_between(rate)}."
+    )
+    wanted = plan.fnir_wanted
+    if wanted is None:
+        return Question(
+            "Is it known how many people in the gallery it misses?", Answer.YES, seen + " No limit was set for this."
+        )
+    question = f"Of people who are in the gallery, does it miss at most {one_in(wanted)}?"
+    if rate.high <= wanted:
+        return Question(question, Answer.YES, seen)
+    if rate.low > wanted:
+        return Question(question, Answer.NO, seen, "Lower the threshold, or use better pictures.")
+    return Question(question, Answer.NOT_SHOWN, seen, "Test with more people who are in the gallery.")
+
+
+def _groups(evaluation: Evaluation) -> Question:
+    question = "Do errors fall alike on different groups of people?"
+    if not evaluation.differentials:
+        return Question(
+            question,
+            Answer.NOT_SHOWN,
+            "The test set does not say which group anybody belongs to, so a difference could not have been seen.",
+            "Label the test set with the groups that the equality duty asks about, and test again.",
+        )
+    shown = [one for one in evaluation.differentials if one.finding is Finding.DIFFERENT]
+    if shown:
+        return Question(
+            question,
+            Answer.NO,
+            " ".join(_difference(one) for one in shown),
+            "Find the cause, or set a threshold at which the difference is not there. Do not use it meanwhile.",
+        )
+    unclear = [one for one in evaluation.differentials if one.finding is Finding.CANNOT_TELL]
+    if unclear:
+        least = min(group.detectable_ratio for one in unclear for group in one.groups)
+        what = "no ratio at all" if math.isinf(least) else f"only one of {least:.1f} times or more"
+        return Question(
+            question,
+            Answer.NOT_SHOWN,
+            "No difference was seen, but these numbers of people could not have shown even a "
+            f"{RATIO_OF_CONCERN:.0f}-fold one ({what}).",
+            "Test with more people of each group.",
+        )
+    return Question(
+        question,
+        Answer.YES,
+        f"No difference was seen among {len(evaluation.differentials[0].groups)} groups, and a "
+        f"{RATIO_OF_CONCERN:.0f}-fold one would have been seen.",
+    )
+
+
+def _difference(one: Differential) -> str:
+    what = {"FPIR": "wrongly alerted on", "FNIR": "missed"}[one.measure]
+    worst = max((group for group in one.groups if group.finding is Finding.DIFFERENT), key=lambda g: g.rate.estimate)
+    return (
+        f"People of group {worst.group!r} are {what} {worst.ratio.estimate:.1f} times as often as the others "
+        f"({one_in(worst.rate.estimate)} against {one_in(worst.others.estimate)}; "
+        f"at least {worst.ratio.low:.1f} times)."
+    )
+
+
+def _answered(evaluation: Evaluation) -> Question:
+    rate = evaluation.failure_to_process
+    seen = f"{rate.events:,} of {rate.trials:,} searches were refused or not answered in full."
+    return Question(
+        "Did the service answer every search?",
+        Answer.YES if rate.estimate <= FAILURES_MAX else Answer.NO,
+        seen,
+        "" if rate.estimate <= FAILURES_MAX else "Find out why: an unanswered search is a missed person.",
+    )
+
+
+def _real_people(evaluation: Evaluation) -> Question:
+    searches = evaluation.searches
+    return Question(
+        "Was it tested on real people alone?",
+        Answer.NOT_SHOWN,
+        f"{searches.enrolled_synthetic:,} of the {searches.enrolled:,} people in the gallery are made up by a program. "
+        "The answers above are those among real people; false alerts on made-up ones "
+        f"({evaluation.fpir.events:,} of {evaluation.fpir.trials:,} searches with both) are evidence about the program "
+        "that made them.",
+        "Test against a gallery of real people of this size.",
+    )
+
+
+def _between(rate: Rate) -> str:
+    if rate.events == 0:
+        return f"below {one_in(rate.high)}"
+    if rate.low <= 0:
+        return f"at most {one_in(rate.high)}"
+    return f"between {one_in(rate.low)} and {one_in(rate.high)}"
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]
