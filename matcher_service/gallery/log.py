@@ -153,7 +153,9 @@ class SqlGalleryLog:
             self._head, self._newest_at_ms = newest
         self._keyring.prepare(fresh=newest is None)
         self._settle_keys()
-        self._owner = threading.Thread(target=self._own, name="gallery-log-write")
+        # A process that dies without closing the log must not hang on this thread: what it cuts off was not
+        # acknowledged.
+        self._owner = threading.Thread(target=self._own, name="gallery-log-write", daemon=True)
         self._owner.start()
 
     def _settle_keys(self) -> None:
