@@ -138,9 +138,14 @@ class Engine:
     def sequence(self) -> int:
         return self._view.sequence
 
-    def search(self, request: SearchRequest) -> SearchResult:
-        """Answer from the view as it stands now. Raises InvalidInput (WRONG_DIMENSION)."""
-        return search(self._view, request)
+    @property
+    def view(self) -> View:
+        """The galleries as they stand now; what is applied later does not show in it."""
+        return self._view
+
+    def search(self, request: SearchRequest, view: View | None = None) -> SearchResult:
+        """Answer from the view (None: as it stands now). Raises InvalidInput (WRONG_DIMENSION)."""
+        return search(view or self._view, request)
 
     def status(self) -> ShardStatus:
         with self._writing:
