@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr
 
+from matcher_service.index import certificate
 from matcher_service.index.codes import blocks_for
 from matcher_service.terms import Float32, Float64, Int64
 
@@ -26,9 +27,13 @@ _DUPLICATE = 0.9
 _SAMPLE_ROWS = 8192
 _PASS_NS = 0.05  # of a pass, per row, beside its tables
 _TABLE_NS = 0.0082  # per row and table
-_RESCORE_NS = 0.8  # per row taken and dimension
-_CONVERT_NS = 0.45  # of a full scan, per row and dimension, whatever the number of probes
+_RESCORE_NS = 0.9  # per row taken and dimension
+CONVERT_NS = 0.45  # of a full scan, per row and dimension, whatever the number of probes
 _PRODUCT_NS = 0.03  # of a full scan, per row, dimension and probe
+
+
+_FLOORS = 201  # floors, from 0 to 1, for which the shares are predicted
+_TAKEN_MAX = 0.5  # of the rows of a part: bounds what one range search can hold
 
 
 class Rate(NamedTuple):
@@ -40,13 +45,13 @@ class Rate(NamedTuple):
 
 
 def blocks(dimension: int) -> tuple[int, ...]:
-    """The rates that pay for a dimension, as coordinates for each 4-bit code: a coarse one for high floors
-    and a fine one for low floors."""
+    """The rates that pay for a dimension, as coordinates for each 4-bit code: a coarse one for high floors and
+    guesses, and a fine one for all else. At 512 dimensions, 64 and 256 tables: 160 bytes a row."""
     possible = blocks_for(dimension)
     if not possible or dimension < DIMENSION_MIN:
         return ()
     fine = possible[-1:]
-    coarse = tuple(block for block in possible if block == 2 * fine[0])
+    coarse = tuple(block for block in possible if block == 4 * fine[0])
     return coarse + fine
 
 
@@ -79,23 +84,41 @@ def taken_share(floor: float, rate: Rate, dimension: int, cosines: Float64, tail
     return float(np.sum(cosines * ndtr((centres * rate.along - cut_off) / np.maximum(spread, 1e-9))))
 
 
-def plan(
-    floors: Float32,
-    usable: NDArray[np.bool_],
-    dimension: int,
-    cosines: Float64,
-    rates: Mapping[int, Rate],
-    tail: float,
-) -> Int64:
-    """For each probe the key of the cheapest of `rates`, or 0 for a full scan; int64 [n]."""
-    chosen = np.zeros(len(floors), np.int64)
-    batch = len(floors)
-    whole = dimension * (_CONVERT_NS / batch + _PRODUCT_NS)
-    for floor in np.unique(floors[usable]):
-        height = min(float(floor), 1.0)
-        costs = {0: whole}
-        for block, rate in rates.items():
-            share = taken_share(height, rate, dimension, cosines, tail)
-            costs[block] = _PASS_NS + _TABLE_NS * rate.tables + _RESCORE_NS * dimension * share
-        chosen[usable & (floors == floor)] = min(costs, key=lambda block: costs[block])
-    return chosen
+class Costs:
+    """What each way of answering costs a segment, per probe and row. `rates` by block; `convert_ns` is that of a
+    full scan, per row and dimension, 0 if its rows are float32 already."""
+
+    def __init__(
+        self, dimension: int, cosines: Float64, rates: Mapping[int, Rate], convert_ns: float = CONVERT_NS
+    ) -> None:
+        self._whole = (dimension * convert_ns, dimension * _PRODUCT_NS)
+        self._rescore = dimension * _RESCORE_NS
+        self._blocks = np.array([*rates, 0], np.int64)
+        tail = certificate.tail(dimension)
+        floors = np.arange(_FLOORS) / (_FLOORS - 1)
+        self._coded = np.array(
+            [
+                [
+                    _PASS_NS
+                    + _TABLE_NS * rate.tables
+                    + self._rescore * taken_share(floor, rate, dimension, cosines, tail)
+                    for floor in floors
+                ]
+                for rate in rates.values()
+            ]
+        ).reshape(len(rates), _FLOORS)
+
+    def whole(self, batch: int) -> float:
+        """Of a full scan for one of `batch` probes."""
+        return self._whole[0] / max(1, batch) + self._whole[1]
+
+    def plan(self, floors: Float32, usable: NDArray[np.bool_]) -> Int64:
+        """For each probe the block of the cheapest codes, or 0 for a full scan; int64 [n]."""
+        steps = np.clip(np.nan_to_num(floors, posinf=1.0, neginf=0.0) * (_FLOORS - 1), 0, _FLOORS - 1).astype(np.int64)
+        whole = np.full((1, len(floors)), self.whole(len(floors)))
+        cheapest = np.concatenate([self._coded[:, steps], whole]).argmin(axis=0)
+        return np.asarray(np.where(usable, self._blocks[cheapest], 0))
+
+    def most_taken(self, batch: int) -> float:
+        """The share of the rows from which on re-scoring them costs more than a full scan."""
+        return min(_TAKEN_MAX, self.whole(batch) / self._rescore)

@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 from matcher_service.errors import DataDamaged
 from matcher_service.index import certificate, choose
 from matcher_service.index.codes import Codes, CodesBuilder, blocks_for, packed_size
-from matcher_service.index.flat import FlatScanner, Found, best_flat, gather, scan_flat, side_by_side
-from matcher_service.index.rotation import draw_rotation, rotate
+from matcher_service.index.flat import FlatScanner, Found, gather, side_by_side
+from matcher_service.index.rotation import Rotation, draw_rotation
 from matcher_service.index.scanner import Hits, Scanner
 from matcher_service.index.score import float32_margin, norms, pair_products, pair_scores
+from matcher_service.index.wide import WideScanner
 from matcher_service.terms import Float32, Float64, Int64
 
 FORMAT = 1
@@ -32,7 +33,10 @@ _ALWAYS_ROWS = 64  # rows with the lowest cut-offs, re-scored for every probe
 _ODD_NORM = 1e-3  # a stored row whose norm is off one by more is re-scored always
 _ENCODE_ROWS = 8192
 _SLICE_PROBES = 32  # times a part's rows, and 48 bytes each, bounds what one range search can hold
-_PART_SHARE_MAX = 0.1  # of a part's rows: a probe that takes more of them is scanned in full
+_TASKS = 8  # of a scan, at least, where there are so many parts
+_CROWD_MIN = 200  # rows of a part that any probe may take
+_WIDE_VALUES_MAX = 1 << 23  # templates of so many values are held as float32 too: 32 MiB
+_NONE: Int64 = np.empty(0, np.int64)
 
 
 class Near(NamedTuple):
@@ -47,19 +51,23 @@ class FastScanScanner:
     """An exact scanner over `stored`, float16 [n, d] in C order, kept and not copied.
 
     Build it with `build_fastscan`, or from a saved `state`. `executor` runs the parts of a scan side by side
-    (None: in the caller's thread); each of its threads must have called `one_thread`.
+    (None: in the caller's thread); each of its threads must have called `one_thread`. `whole` does the full
+    scans (None: a FlatScanner; else one for which float16 need not be turned into float32).
     """
 
     def __init__(
-        self, stored: NDArray[np.float16], state: Mapping[str, NDArray[Any]], executor: Executor | None = None
+        self,
+        stored: NDArray[np.float16],
+        state: Mapping[str, NDArray[Any]],
+        executor: Executor | None = None,
+        whole: Scanner | None = None,
     ) -> None:
         self.rows, self._dimension = int(stored.shape[0]), int(stored.shape[1])
         self._stored = stored
         self._state = {name: state[name] for name in ("rotation", "always", "norms", "cosines")}
-        self._rotation: Float32 = np.ascontiguousarray(state["rotation"], np.float32)
+        self._rotation = Rotation(state["rotation"])
         self._always: Int64 = np.asarray(state["always"], np.int64)
         self._norm_max, self._coded_norm_max = (float(norm) for norm in state["norms"])
-        self._cosines: Float64 = np.asarray(state["cosines"], np.float64)
         self._codes = {
             int(block): Codes.from_state(
                 self._dimension,
@@ -68,8 +76,15 @@ class FastScanScanner:
             )
             for block in state["blocks"]
         }
-        self._tail = certificate.tail(self._dimension)
         self._executor = executor
+        self._whole = whole or FlatScanner(stored, executor, self._norm_max)
+        self._listed: Float32 = stored[self._always].astype(np.float32)
+        self._costs = choose.Costs(
+            self._dimension,
+            np.asarray(state["cosines"], np.float64),
+            {block: choose.Rate(codes.tables, *codes.typical[:2]) for block, codes in self._codes.items()},
+            choose.CONVERT_NS if whole is None else 0.0,
+        )
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Everything beside the stored rows, as named arrays. The rotation is secret and the codes are
@@ -86,14 +101,17 @@ class FastScanScanner:
 
     def bytes_in_memory(self) -> int:
         return int(
-            self._stored.nbytes + self._rotation.nbytes + sum(codes.bytes_in_memory() for codes in self._codes.values())
+            self._whole.bytes_in_memory()
+            + self._listed.nbytes
+            + self._rotation.matrix.nbytes
+            + sum(codes.bytes_in_memory() for codes in self._codes.values())
         )
 
     def scan(self, probes: Float32, floors: Float32) -> Hits:
         count = len(probes)
         probe_norms = norms(probes)
         usable = certificate.usable(floors, probe_norms)
-        plans = self.plan(floors, usable)
+        plans = self._costs.plan(floors, usable)
         certified = np.zeros(count, np.bool_)
         found: list[Near] = []
         for block in sorted({block for block in plans if block}, reverse=True):
@@ -104,18 +122,19 @@ class FastScanScanner:
         hits = [self._exact(found, certified, probes, floors)]
         whole = np.flatnonzero(~certified)
         if whole.size:
-            flat = scan_flat(self._stored, self._norm_max, probes[whole], floors[whole], self._executor)
-            hits.append(flat._replace(probes=whole[flat.probes]))
+            flat = self._whole.scan(np.ascontiguousarray(probes[whole]), floors[whole])
+            hits.append(Found(np.repeat(whole, np.diff(flat.offsets)), flat.rows, flat.scores))
         return gather(hits, certified)
 
     def guess(self, probes: Float32, count: int) -> Hits:
-        """By the estimates of the coarsest codes, then by score."""
+        """By the estimates of the finest codes, then by score: a floor that is a little too low costs more than
+        the pass of coarser codes would save."""
         none = np.zeros(len(probes), np.bool_)
         wanted = min(count, self.rows)
         if wanted <= 0 or not len(probes) or not self._codes:
-            return gather([best_flat(self._stored, probes, count)], none)
-        codes = self._codes[max(self._codes)]
-        rotated = rotate(probes, self._rotation)
+            return self._whole.guess(probes, count)
+        codes = self._codes[min(self._codes)]
+        rotated = self._rotation(probes)
         tasks = [
             _best(codes, part, rotated[start : start + _SLICE_PROBES], wanted)
             for part in range(codes.parts)
@@ -141,39 +160,28 @@ class FastScanScanner:
         found = Found(which, likely[real], pair_products(self._stored, likely[real], probes, which))
         return gather([_exactly(_top(found, len(probes), wanted), self._stored, probes)], none)
 
-    def plan(self, floors: Float32, usable: NDArray[np.bool_]) -> Int64:
-        """The block of the codes that serve each probe, int64 [n]; 0: scan in full."""
-        if not self._codes or not usable.any():
-            return np.zeros(len(floors), np.int64)
-        return choose.plan(
-            floors,
-            usable,
-            self._dimension,
-            self._cosines,
-            {block: choose.Rate(codes.tables, *codes.typical[:2]) for block, codes in self._codes.items()},
-            self._tail,
-        )
-
     def _filter(
         self, codes: Codes, probes: Float32, floors: Float32, probe_norms: Float64, mine: Int64
     ) -> tuple[list[Near], NDArray[np.bool_]]:
         """Of the probes numbered `mine`: their near rows, and which of them the law served, bool [len(mine)]."""
         some, some_norms = probes[mine], probe_norms[mine]
-        rotated = rotate(some, self._rotation)
+        rotated = self._rotation(some)
         cut_offs, floor_of_tables = self._cut_offs(codes, floors[mine], some_norms, rotated)
         served = cut_offs.min(axis=0, initial=np.inf) > np.maximum(floor_of_tables, 1e-3)
         margins = (floors[mine] - float32_margin(self._dimension, self._norm_max, some_norms)).astype(np.float32)
-        tasks: list[Callable[[], Near]] = []
         kept = np.flatnonzero(served)
-        for start in range(0, kept.size, _SLICE_PROBES):
-            slice_ = kept[start : start + _SLICE_PROBES]
-            for part in range(codes.parts):
-                scaled = (rotated[slice_] / cut_offs[part, slice_, None]).astype(np.float32)
-                tasks.append(_near(codes, part, scaled, self._stored, probes, mine[slice_], margins[slice_]))
+        most = self._costs.most_taken(len(mine))
+        slices = [kept[start : start + _SLICE_PROBES] for start in range(0, kept.size, _SLICE_PROBES)]
+        runs = np.array_split(np.arange(codes.parts), min(codes.parts, max(1, -(-_TASKS // max(1, len(slices))))))
+        tasks: list[Callable[[], Near]] = [
+            self._near(codes, run, rotated[some_], cut_offs[:, some_], probes, mine[some_], margins[some_], most)
+            for run in runs
+            for some_ in slices
+        ]
         if self._always.size and kept.size:
-            tasks.append(self._listed(probes, mine[kept], margins[kept]))
+            tasks.append(self._near_listed(probes, mine[kept], margins[kept]))
         near = self._run(tasks)
-        crowded = np.unique(np.concatenate([one.crowded for one in near])) if near else np.empty(0, np.int64)
+        crowded = np.unique(np.concatenate([one.crowded for one in near])) if near else _NONE
         served &= ~np.isin(mine, crowded)
         return near, served
 
@@ -189,18 +197,52 @@ class FastScanScanner:
         error += reach * probe_norms * (certificate.rotation_error(self._dimension) + 2.0**-22)
         return certificate.cut_offs(codes.supports, cosines) * probe_norms - error, least + span / 32
 
-    def _listed(self, probes: Float32, mine: Int64, margins: Float32) -> Callable[[], Near]:
+    def _near(
+        self,
+        codes: Codes,
+        run: Int64,
+        rotated: Float32,
+        cut_offs: Float64,
+        probes: Float32,
+        mine: Int64,
+        margins: Float32,
+        most: float,
+    ) -> Callable[[], Near]:
+        """Goes through a run of parts for some probes, numbered `mine`; a probe that takes more than the share
+        `most` of a part is given up."""
+
         def task() -> Near:
-            products = np.einsum("ij,kj->ik", probes[mine], self._stored[self._always].astype(np.float32))
+            which_of, rows_of, crowded = [_NONE], [_NONE], np.zeros(mine.size, np.bool_)
+            for part in run:
+                scaled = (rotated / cut_offs[part, :, None]).astype(np.float32)
+                offsets, rows = codes.near(part, scaled)
+                if not rows.size:
+                    continue
+                sizes = np.diff(offsets)
+                which = np.repeat(np.arange(mine.size), sizes)
+                crowded |= sizes > max(_CROWD_MIN, most * (codes.bounds[part + 1] - codes.bounds[part]))
+                kept = ~crowded[which]
+                which_of.append(which[kept])
+                rows_of.append(rows[kept])
+            which, rows = np.concatenate(which_of), np.concatenate(rows_of)
+            products = pair_products(self._stored, rows, probes, mine[which])
+            reached = ~(products < margins[which])
+            return Near(mine[which[reached]], rows[reached], mine[crowded])
+
+        return task
+
+    def _near_listed(self, probes: Float32, mine: Int64, margins: Float32) -> Callable[[], Near]:
+        def task() -> Near:
+            products = np.einsum("ij,kj->ik", probes[mine], self._listed)
             probe, row = np.nonzero(~(products < margins[:, None]))
-            return Near(mine[probe], self._always[row], np.empty(0, np.int64))
+            return Near(mine[probe], self._always[row], _NONE)
 
         return task
 
     def _exact(self, found: list[Near], certified: NDArray[np.bool_], probes: Float32, floors: Float32) -> Found:
         """The pairs that reach the floor, of the certified probes."""
-        probe = np.concatenate([one.probes for one in found] or [np.empty(0, np.int64)])
-        row = np.concatenate([one.rows for one in found] or [np.empty(0, np.int64)])
+        probe = np.concatenate([one.probes for one in found] or [_NONE])
+        row = np.concatenate([one.rows for one in found] or [_NONE])
         kept = certified[probe]
         probe, row = probe[kept], row[kept]
         score = pair_scores(self._stored, row, probes, probe)
@@ -222,17 +264,22 @@ class FastScanScanners:
 
     def build(self, stored: NDArray[np.float16]) -> Scanner:
         if not choose.worth_codes(*stored.shape):
-            return FlatScanner(stored, self._executor)
-        return build_fastscan(stored, executor=self._executor)
+            return self._full(stored) or FlatScanner(stored, self._executor)
+        return build_fastscan(stored, executor=self._executor, whole=self._full(stored))
 
     def arrays(self, scanner: Scanner) -> Mapping[str, NDArray[Any]]:
         return scanner.state() if isinstance(scanner, FastScanScanner) else {}
 
     def load(self, stored: NDArray[np.float16], arrays: Mapping[str, NDArray[Any]]) -> Scanner:
         if not arrays:
-            return FlatScanner(stored, self._executor)
+            return self._full(stored) or FlatScanner(stored, self._executor)
         check(stored, arrays)
-        return FastScanScanner(stored, arrays, self._executor)
+        return FastScanScanner(stored, arrays, self._executor, self._full(stored))
+
+    @staticmethod
+    def _full(stored: NDArray[np.float16]) -> Scanner | None:
+        """The full scans of a small segment keep its rows as float32 too."""
+        return WideScanner(stored, stored.astype(np.float32)) if stored.size <= _WIDE_VALUES_MAX else None
 
     def close(self) -> None:
         if self._executor is not None:
@@ -281,6 +328,7 @@ def build_fastscan(
     blocks: tuple[int, ...] | None = None,
     executor: Executor | None = None,
     entropy: int | None = None,
+    whole: Scanner | None = None,
 ) -> FastScanScanner:
     """A scanner over `stored`, float16 [n, d] in C order, with a rotation of its own.
 
@@ -316,7 +364,7 @@ def build_fastscan(
     }
     for block, builder in builders.items():
         state |= {f"{block}/{name}": value for name, value in builder.finish(always).items()}
-    return FastScanScanner(stored, state, executor)
+    return FastScanScanner(stored, state, executor, whole)
 
 
 def _best(codes: Codes, part: int, rotated: Float32, count: int) -> Callable[[], tuple[Float32, Int64]]:
@@ -334,27 +382,3 @@ def _top(found: Found, probes: int, wanted: int) -> Found:
 
 def _exactly(found: Found, stored: NDArray[np.float16], probes: Float32) -> Found:
     return found._replace(scores=pair_scores(stored, found.rows, probes, found.probes))
-
-
-def _near(
-    codes: Codes,
-    part: int,
-    scaled: Float32,
-    stored: NDArray[np.float16],
-    probes: Float32,
-    mine: Int64,
-    margins: Float32,
-) -> Callable[[], Near]:
-    def task() -> Near:
-        offsets, rows = codes.near(part, scaled)
-        sizes = np.diff(offsets)
-        many = sizes > max(1000, _PART_SHARE_MAX * (codes.bounds[part + 1] - codes.bounds[part]))
-        which = np.repeat(np.arange(mine.size), sizes)
-        if many.any():
-            kept = ~many[which]
-            which, rows = which[kept], rows[kept]
-        products = pair_products(stored, rows, probes, mine[which])
-        reached = ~(products < margins[which])
-        return Near(mine[which[reached]], rows[reached], mine[many])
-
-    return task

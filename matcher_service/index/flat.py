@@ -57,12 +57,15 @@ def gather(found: list[Found], certified: NDArray[np.bool_]) -> Hits:
 
 class FlatScanner:
     """Scans every stored row for every probe. `stored` float16 [n, d], C order, finite, is kept, not copied;
-    `executor` shares the rows among its threads where that helps."""
+    `executor` shares the rows among its threads where that helps; `norm_max` bounds their norms (None: it is
+    computed)."""
 
-    def __init__(self, stored: NDArray[np.float16], executor: Executor | None = None) -> None:
+    def __init__(
+        self, stored: NDArray[np.float16], executor: Executor | None = None, norm_max: float | None = None
+    ) -> None:
         self.rows = int(stored.shape[0])
         self._stored = stored
-        self._norm_max = float(norms(stored).max(initial=0.0))
+        self._norm_max = float(norms(stored).max(initial=0.0)) if norm_max is None else norm_max
         self._executor = executor
 
     def scan(self, probes: Float32, floors: Float32) -> Hits:

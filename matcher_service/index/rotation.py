@@ -35,16 +35,20 @@ def draw_rotation(dimension: int, entropy: int | None = None) -> Float32:
     return np.ascontiguousarray(q * np.where(diagonal < 0, -1.0, 1.0), np.float32)
 
 
-def rotate(probes: Float32, rotation: Float32) -> Float32:
-    """R q for each probe, float32 [n, d], in this thread alone: BLAS would wake threads of its own, which then
-    compete with those of the scan."""
-    rotated = np.empty_like(probes)
-    dimension = probes.shape[1]
-    for probe, out in zip(probes, rotated, strict=True):
-        faiss.fvec_inner_products_ny(  # type: ignore[attr-defined]
-            faiss.swig_ptr(out), faiss.swig_ptr(probe), faiss.swig_ptr(rotation), dimension, dimension
-        )
-    return rotated
+class Rotation:
+    """Applies a rotation, float32 [d, d], to probes: by FAISS, whose product keeps to the threads set for the
+    calling thread. numpy's would wake threads that then compete with those of the scan."""
+
+    def __init__(self, matrix: Float32) -> None:
+        self.matrix = np.ascontiguousarray(matrix, np.float32)
+        dimension = len(self.matrix)
+        self._transform = faiss.LinearTransform(dimension, dimension, False)
+        faiss.copy_array_to_vector(self.matrix.ravel(), self._transform.A)
+        self._transform.is_trained = True
+
+    def __call__(self, probes: Float32) -> Float32:
+        """R q for each probe, float32 [n, d]."""
+        return np.asarray(self._transform.apply(probes), np.float32)
 
 
 @lru_cache(maxsize=64)

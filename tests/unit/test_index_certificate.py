@@ -11,7 +11,7 @@ from scipy.stats import beta, kstest
 
 from matcher_service.index import certificate
 from matcher_service.index.codes import Codes, CodesBuilder, blocks_for, empty_index, pack
-from matcher_service.index.rotation import codebook, draw_rotation, rotate
+from matcher_service.index.rotation import Rotation, codebook, draw_rotation
 from matcher_service.index.score import norms
 from matcher_service.terms import Float32, Float64
 
@@ -73,7 +73,7 @@ def test_law_2_over_many_rotations_the_estimate_of_a_mate_follows_the_beta_law(d
     index = empty_index(faiss.IndexFlatIP(dimension), dimension, block, centroids)
     rotations = [draw_rotation(dimension, int(source.integers(2**62))) for _ in range(3000)]
     rotated = np.concatenate([row.astype(np.float32) @ rotation.T for rotation in rotations])
-    probes = np.concatenate([rotate(probe, rotation) for rotation in rotations])
+    probes = np.concatenate([Rotation(rotation)(probe) for rotation in rotations])
     decoded = index.pq.decode(index.pq.compute_codes(rotated)).astype(np.float64)
     along = np.einsum("ij,ij->i", decoded, rotated) / norms(row)[0]
     across = np.sqrt(np.einsum("ij,ij->i", decoded, decoded) - along**2)
@@ -112,7 +112,7 @@ def test_rotating_in_float32_stays_within_its_bound() -> None:
     rotation = draw_rotation(512, 3)
     vectors = unit(source, 200, 512)
     true = vectors.astype(np.float64) @ rotation.astype(np.float64).T
-    error = np.linalg.norm(rotate(vectors, rotation) - true, axis=1).max()
+    error = np.linalg.norm(Rotation(rotation)(vectors) - true, axis=1).max()
     assert error <= certificate.rotation_error(512)
     assert np.linalg.norm(vectors @ rotation.T - true, axis=1).max() <= certificate.rotation_error(512)
 
@@ -147,7 +147,7 @@ def test_law_2_the_range_search_takes_every_row_at_its_cut_off_table_rounding_in
     rotation = draw_rotation(dimension, 4)
     codes, _, decoded = codes_over(rows, rotation, block)
     probes = np.concatenate([unit(source, 20, dimension), at_cosine(source, rows[:20].astype(np.float32), 0.5)])
-    rotated = rotate(probes, rotation)
+    rotated = Rotation(rotation)(probes)
     estimates = rotated.astype(np.float64) @ decoded.astype(np.float64).T
     span, _, magnitude = certificate.tables(rotated, codes.centroids)
     error = certificate.table_error(span, magnitude, codes.tables)
@@ -170,7 +170,7 @@ def test_the_rounding_of_the_tables_is_measured_within_its_bound_and_of_its_size
     rows = unit(source, 2000, dimension).astype(np.float16)
     rotation = draw_rotation(dimension, 8)
     codes, _, decoded = codes_over(rows, rotation, block)
-    probes = rotate(unit(source, 30, dimension), rotation)
+    probes = Rotation(rotation)(unit(source, 30, dimension))
     estimates, found = codes.best(0, probes, 500)
     true = np.take_along_axis(probes.astype(np.float64) @ decoded.astype(np.float64).T, found, axis=1)
     span, _, magnitude = certificate.tables(probes, codes.centroids)
