@@ -13,7 +13,9 @@ from matcher_service.commands import (
     authority,
     calibrate,
     edge,
+    embed,
     evaluate,
+    fit_adapter,
     galleries,
     import_references,
     inspection,
@@ -38,6 +40,9 @@ app.command()(calibrate.calibrate)
 app.command()(evaluate.evaluate)
 app.command()(synthesise.synthesise)
 app.command()(inspection.inspect)
+app.command()(embed.embed)
+app.command("fit-adapter")(fit_adapter.fit_adapter)
+app.command("triton-repository")(embed.triton_repository)
 app.add_typer(galleries.galleries, name="galleries")
 app.add_typer(references.references, name="references")
 app.add_typer(references.subjects, name="subjects")
