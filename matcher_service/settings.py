@@ -73,6 +73,14 @@ class IndexSettings(Section):
     threads: int = Field(0, ge=0, description="Threads of a search; 0: all cores.")
 
 
+class EmbedderSettings(Section):
+    card: str = Field("", description="Model card: dlib-resnet29, or the path of a card file; empty: no /v1/templates.")
+    files_dir: Path | None = Field(None, description="Folder with the card's files; default: the package of the extra.")
+    triton_endpoints: tuple[str, ...] = Field(
+        (), description="host:port of Triton servers with face_embedder; empty: a process beside the service."
+    )
+
+
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix="MATCHER_",
@@ -88,6 +96,7 @@ class Settings(BaseSettings):
     admission: AdmissionSettings = AdmissionSettings()  # type: ignore[call-arg]
     batching: BatchingSettings = BatchingSettings()  # type: ignore[call-arg]
     index: IndexSettings = IndexSettings()  # type: ignore[call-arg]
+    embedder: EmbedderSettings = EmbedderSettings()  # type: ignore[call-arg]
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error.")
 
     @model_validator(mode="after")

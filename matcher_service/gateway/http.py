@@ -22,6 +22,7 @@ from matcher_service.gateway import (
     http_records,
     http_references,
     http_search,
+    http_templates,
     refusals,
 )
 from matcher_service.gateway.http_exchange import json_response
@@ -133,6 +134,7 @@ def build_http_app(service: Service) -> ASGIApp:
         http_references.router(service),
         http_catalogue.router(service),
         http_records.router(service),
+        http_templates.router(service),
         http_operation.router(service),
     ):
         app.include_router(router)

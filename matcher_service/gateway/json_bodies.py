@@ -134,6 +134,13 @@ class CaseBody(Body):
     rank_max: int = Field(50, description="Most candidates that a search may return.")
 
 
+class TemplatesBody(Body):
+    pictures: list[str] = Field(description="Base64 of JPEG or PNG files.")
+    form: Literal["photograph", "crop"] = Field(
+        "photograph", description="photograph: the face is searched for. crop: the picture is the face, brows to chin."
+    )
+
+
 BODIES: tuple[type[Body], ...] = (
     IdentifyBody,
     EnrolBody,
@@ -141,4 +148,5 @@ BODIES: tuple[type[Body], ...] = (
     TemplateSpaceBody,
     DeploymentBody,
     CaseBody,
+    TemplatesBody,
 )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from matcher_service.errors import ModelsUnavailable, StartRefused, TooLarge
+from matcher_service.errors import ModelsUnavailable, Overloaded, StartRefused, TooLarge
 from matcher_service.models import hosted, hosted_pictures
 from matcher_service.models.embedder.card import ModelCard
 from matcher_service.models.embedder.outcome import Embedding, Form
@@ -24,8 +24,9 @@ from matcher_service.triton_endpoints import Asking, ModelRefused, TritonEndpoin
 TEMPLATES_MAX = 1024
 SCORES_MAX = 8192
 
-# Pictures are slow to look at, and large.
+# Pictures are slow to look at, and large: how long a call may take, and how many may be on their way at once.
 PICTURES_S_MAX = 10.0
+PICTURES_WAITING_MAX = 256
 PICTURE_BYTES_MAX = 32 << 20
 
 
@@ -163,6 +164,7 @@ class TritonEmbedder:
     def __init__(self, endpoints: TritonEndpoints, card: ModelCard) -> None:
         self._endpoints = endpoints
         self._card = card
+        self._waiting = 0
 
     @classmethod
     async def open(cls, endpoints: TritonEndpoints, card: ModelCard) -> TritonEmbedder:
@@ -193,6 +195,17 @@ class TritonEmbedder:
 
     async def embed(self, pictures: Sequence[bytes], form: Form) -> list[Embedding]:
         """As `TemplateMaker.embed`. Raises TooLarge for a picture beyond PICTURE_BYTES_MAX."""
+        if self._waiting + len(pictures) > PICTURES_WAITING_MAX:
+            raise Overloaded(
+                f"{self._waiting} pictures wait already", hint="send fewer pictures at a time", retry_after_ms=1000
+            )
+        self._waiting += len(pictures)
+        try:
+            return await self._embedded(pictures, form)
+        finally:
+            self._waiting -= len(pictures)
+
+    async def _embedded(self, pictures: Sequence[bytes], form: Form) -> list[Embedding]:
         until = self._endpoints.deadline(PICTURES_S_MAX)
         found: list[Embedding] = []
         for part in _parts(pictures):
