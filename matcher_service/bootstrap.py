@@ -36,10 +36,13 @@ from matcher_service.gateway.http import build_http_app
 from matcher_service.gateway.service import Service
 from matcher_service.identify import Identify, Searching
 from matcher_service.metrics import Metrics
+from matcher_service.models.embedder.card import read_card
+from matcher_service.models.embedder.outcome import TemplateMaker
+from matcher_service.models.embedder.worker import WorkerEmbedder
 from matcher_service.models.local import LocalModels
 from matcher_service.replay import Replay
 from matcher_service.seams import Clock, GalleryLog
-from matcher_service.settings import Settings, is_loopback
+from matcher_service.settings import EmbedderSettings, Settings, is_loopback
 from matcher_service.shards.local import LocalShard
 
 # Time for answers already computed to leave through open streams.
@@ -111,12 +114,38 @@ async def running(
         try:
             shard = await LocalShard.open(data_dir / "index", log.keyring.key, settings.index, clock)
             try:
-                async with _serving(settings, clock, metrics, log, shard, token, token_file) as service:
+                async with (
+                    _template_maker(settings.embedder) as templates,
+                    _serving(settings, clock, metrics, log, shard, token, token_file, templates) as service,
+                ):
                     yield service
             finally:
                 await shard.close()
         finally:
             await log.close()
+
+
+@asynccontextmanager
+async def _template_maker(settings: EmbedderSettings) -> AsyncIterator[TemplateMaker | None]:
+    """The embedder, if one is configured: on Triton servers, else in a process of its own."""
+    if not settings.card:
+        yield None
+    elif settings.triton_endpoints:
+        # Imported here, because only the extra `triton` brings the client.
+        from matcher_service.models.triton import TritonEmbedder
+        from matcher_service.triton_endpoints import TritonAddress, TritonEndpoints
+
+        endpoints = TritonEndpoints(TritonAddress(settings.triton_endpoints))
+        try:
+            yield await TritonEmbedder.open(endpoints, read_card(settings.card))
+        finally:
+            await endpoints.close()
+    else:
+        worker = await WorkerEmbedder.open(settings.card, settings.files_dir)
+        try:
+            yield worker
+        finally:
+            await worker.close()
 
 
 @asynccontextmanager
@@ -128,6 +157,7 @@ async def _serving(
     shard: LocalShard,
     token: str,
     token_file: Path,
+    templates: TemplateMaker | None,
 ) -> AsyncIterator[Running]:
     admissions = settings.admission
     time, models, catalogue, feed = LawfulTime(clock), LocalModels(), Catalogue(), AlertFeed()
@@ -182,6 +212,7 @@ async def _serving(
         metrics=metrics,
         clock=clock,
         credentials=credentials.BearerToken(token),
+        templates=templates,
     )
     tasks = _Tasks()
     tasks.start("replay", replay.run())
