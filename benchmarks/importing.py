@@ -1,0 +1,226 @@
+"""How fast references go in, durable and searchable, and what that does to searches:
+`python -m benchmarks.importing --help`.
+
+A real service in a process of its own; one client enrols synthetic references over the gRPC stream, as `matcher
+import` does, while another sends small messages of unmated probes at a steady pace. The same probes are sent before
+and after the import, so the three latencies are from one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from matcher_service.client import MatcherClient, Probes, ReceiptOutcome, References
+from matcher_service.terms import SpaceId
+
+MESSAGE_REFERENCES = 4000
+MESSAGE_PROBES = 4
+PROBE_EVERY_S = 0.05
+SETTLED_S = 5.0
+
+
+class Service(NamedTuple):
+    process_id: int
+    http_port: int
+    grpc_port: int
+    token: str
+
+    def cpu_s(self) -> float:
+        """Processor time that it has taken so far, in seconds."""
+        fields = Path(f"/proc/{self.process_id}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@contextmanager
+def service(data_dir: Path) -> Iterator[Service]:
+    """`matcher serve` on free ports."""
+    environment = {
+        **os.environ,
+        "MATCHER_STORAGE__DATA_DIR": str(data_dir),
+        "MATCHER_SERVER__HTTP_PORT": "0",
+        "MATCHER_SERVER__GRPC_PORT": "0",
+        "PYTHONUNBUFFERED": "1",
+    }
+    command = [sys.executable, "-m", "matcher_service", "serve"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        ports = []
+        try:
+            for line in process.stdout:
+                words = line.split()
+                if words[1:2] in (["HTTP"], ["gRPC"]):
+                    ports.append(int(words[2].rsplit(":", 1)[1]))
+                if "token" in words:
+                    yield Service(process.pid, ports[0], ports[1], Path(words[-1]).read_text().strip())
+                    break
+        finally:
+            process.terminate()
+
+
+def prepare(port: int, token: str, space: SpaceId) -> None:
+    """A space, a gallery and a deployment."""
+    now = time.time_ns() // 1_000_000
+    named = {"name": space.name, "version": space.version, "dimension": space.dimension}
+    bodies = {
+        "/v1/spaces": {"space": named, "centre": [0.0] * space.dimension},
+        "/v1/galleries": {
+            "gallery_id": "bench",
+            "kind": "custody",
+            "controller": "benchmark",
+            "lawful_basis": "synthetic data",
+            "purpose": "benchmark",
+            "retention_ms": 86_400_000,
+            "space": named,
+            "threshold": 0.4,
+        },
+        "/v1/deployments": {
+            "deployment_id": "bench",
+            "gallery_ids": ["bench"],
+            "opens_at_ms": now - 1000,
+            "closes_at_ms": now + 86_400_000,
+            "probe_age_ms_max": 60_000,
+            "authorised_by": "benchmark",
+            "reason": "benchmark",
+        },
+    }
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"Authorization": f"Bearer {token}"}) as api:
+        for path, body in bodies.items():
+            api.post(path, json=body).raise_for_status()
+
+
+async def latencies(
+    client: MatcherClient, space: SpaceId, probes: NDArray[np.float32], until: asyncio.Event, min_sequence: int = 0
+) -> list[float]:
+    """Milliseconds from sending to the answer, one per message, sent at a steady pace until told to stop."""
+    found = []
+    while not until.is_set():
+        began = time.monotonic()
+        reply = await client.identify(
+            Probes(
+                space=space,
+                probe_ids=[str(at) for at in range(MESSAGE_PROBES)],
+                templates=probes,
+                captured_at_ms=[time.time_ns() // 1_000_000] * MESSAGE_PROBES,
+                deployment_id="bench",
+                deadline_s=30,
+            )
+        )
+        assert reply.complete
+        found.append((time.monotonic() - began) * 1000)
+        await asyncio.sleep(max(0.0, PROBE_EVERY_S - (time.monotonic() - began)))
+    return found
+
+
+async def for_a_while(client: MatcherClient, space: SpaceId, probes: NDArray[np.float32]) -> list[float]:
+    over = asyncio.Event()
+    asyncio.get_running_loop().call_later(SETTLED_S, over.set)
+    return await latencies(client, space, probes, over)
+
+
+async def measure(served: Service, references: int, dimension: int, progress: Progress) -> dict[str, float]:
+    space = SpaceId("bench", 1, dimension)
+    prepare(served.http_port, served.token, space)
+    source = np.random.default_rng(7)
+    probes = source.normal(size=(MESSAGE_PROBES, dimension)).astype(np.float32)
+    # Drawn beforehand and repeated with a shift, so that drawing does not compete with the service for the cores.
+    drawn = source.normal(size=(min(references, 100_000), dimension)).astype(np.float16)
+    task = progress.add_task("enrolling", total=references)
+
+    async def messages() -> AsyncIterator[References]:
+        for begin in range(0, references, MESSAGE_REFERENCES):
+            ids = [f"r{at}" for at in range(begin, min(begin + MESSAGE_REFERENCES, references))]
+            first = begin % len(drawn)
+            templates = np.roll(drawn[first : first + len(ids)], begin // len(drawn), axis=1)
+            yield References(
+                gallery_id="bench", space=space, reference_ids=ids, subject_ids=ids, templates=templates, deadline_s=300
+            )
+
+    async with (
+        MatcherClient(f"127.0.0.1:{served.grpc_port}", served.token) as importing,
+        MatcherClient(f"127.0.0.1:{served.grpc_port}", served.token) as probing,
+    ):
+        before = await for_a_while(probing, space, probes)
+        over = asyncio.Event()
+        watched = asyncio.create_task(latencies(probing, space, probes, over))
+        cpu_before = served.cpu_s()
+        began = time.monotonic()
+        head = 0
+        async for receipt in importing.enrol_stream(messages()):
+            assert receipt.outcome is ReceiptOutcome.ENROLLED, receipt
+            head = max(head, receipt.sequence)
+            progress.advance(task)
+        durable_s = time.monotonic() - began
+        await importing.identify(
+            Probes(
+                space=space,
+                probe_ids=["last"],
+                templates=probes[:1],
+                captured_at_ms=[time.time_ns() // 1_000_000],
+                deployment_id="bench",
+                min_sequence=head,
+                deadline_s=60,
+            )
+        )
+        searchable_s = time.monotonic() - began
+        cpu_s = served.cpu_s() - cpu_before
+        over.set()
+        during = await watched
+        after = await for_a_while(probing, space, probes)
+    result: dict[str, float] = {
+        "references": references,
+        "dimension": dimension,
+        "durable_references_per_second": references / durable_s,
+        "searchable_references_per_second": references / searchable_s,
+        "service_cpu_us_per_reference": cpu_s / references * 1e6,
+    }
+    for name, values in (("empty", before), ("during", during), ("after", after)):
+        for percent in (50, 99):
+            result[f"search_ms_p{percent}_{name}"] = float(np.percentile(values, percent))
+        result[f"search_ms_max_{name}"] = max(values)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--references", type=int, default=200_000)
+    parser.add_argument("--dimension", type=int, default=512)
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    options = parser.parse_args()
+    console = Console(stderr=True)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Progress(console=console) as progress,
+        service(Path(folder)) as served,
+    ):
+        result = asyncio.run(measure(served, options.references, options.dimension, progress))
+    if options.json:
+        print(json.dumps(result))
+        return
+    table = Table(title=f"{options.references:,} references of {options.dimension} dimensions, synthetic")
+    table.add_column("what")
+    table.add_column("value", justify="right")
+    for name, value in result.items():
+        table.add_row(name, f"{value:,.1f}" if isinstance(value, float) else f"{value:,}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
