@@ -50,9 +50,8 @@ def router(service: Service) -> APIRouter:
 
 _DOCUMENTED = documented(TemplatesBody)
 for _type in PICTURE_TYPES:
-    _DOCUMENTED["requestBody"]["content"][_type] = {"schema": {
-        "schema": {"type": "string", "format": "binary", "description": "one photograph, as the file is"}
-    }
+    _schema = {"type": "string", "format": "binary", "description": "one photograph, as the file is"}
+    _DOCUMENTED["requestBody"]["content"][_type] = {"schema": _schema}
 
 
 def _decoded(request: Request, data: bytes) -> tuple[list[bytes], Form]:
