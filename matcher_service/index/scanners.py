@@ -8,14 +8,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from matcher_service.index.choose import ROWS_MIN, worth_codes
+from matcher_service.index.choose import worth_codes
 from matcher_service.index.codes import blocks_for
 from matcher_service.index.fastscan import FastScanScanners, build_fastscan
 from matcher_service.index.scanner import Scanner
-from matcher_service.index.wide import WideScanner
 
-# Templates of at most so many values are held as float32 too: 32 MiB.
-_WIDE_VALUES_MAX = 1 << 23
 # Coordinates for each 4-bit code where time is short: one middle rate serves most floors, and encoding takes
 # 20 us a row at 512 dimensions instead of 34 for the two rates that serve them best.
 _HURRIED_BLOCK = 4
@@ -40,29 +37,11 @@ class Scanners(Protocol):
     def close(self) -> None: ...
 
 
-class BySize:
-    """Full scans for few rows, coded ones where they pay. `threads` scan the parts of a segment side by side."""
-
-    def __init__(self, threads: int = 1) -> None:
-        self._coded = FastScanScanners(threads)
+class BySize(FastScanScanners):
+    """Full scans for few rows, coded ones where they pay; in a hurry, codes at one middle rate."""
 
     def build(self, stored: NDArray[np.float16], *, hurried: bool = False) -> Scanner:
-        if len(stored) < ROWS_MIN:
-            return self._full(stored)
-        if hurried and worth_codes(*stored.shape) and _HURRIED_BLOCK in blocks_for(stored.shape[1]):
+        rows, dimension = stored.shape
+        if hurried and worth_codes(rows, dimension) and _HURRIED_BLOCK in blocks_for(dimension):
             return build_fastscan(stored, (_HURRIED_BLOCK,))
-        return self._coded.build(stored)
-
-    def arrays(self, scanner: Scanner) -> Mapping[str, NDArray[Any]]:
-        return {} if isinstance(scanner, WideScanner) else self._coded.arrays(scanner)
-
-    def load(self, stored: NDArray[np.float16], arrays: Mapping[str, NDArray[Any]]) -> Scanner:
-        return self._coded.load(stored, arrays) if arrays else self._full(stored)
-
-    def close(self) -> None:
-        self._coded.close()
-
-    def _full(self, stored: NDArray[np.float16]) -> Scanner:
-        if stored.size <= _WIDE_VALUES_MAX:
-            return WideScanner(stored, stored.astype(np.float32))
-        return self._coded.load(stored, {})
+        return super().build(stored)

@@ -15,7 +15,7 @@ import numpy as np
 
 from matcher_service.index.rows import Float16, HashIndex, Names, Rows, UInt32, id_hashes, joined
 from matcher_service.index.scanner import Scanner
-from matcher_service.index.score import norms
+from matcher_service.index.score import norms, widen
 from matcher_service.index.wide import WideScanner
 from matcher_service.terms import Float32, Int64
 
@@ -165,7 +165,7 @@ class Tail:
         start, stop = self.rows, self.rows + count
         self._reserve(stop)
         self.stored[start:stop] = stored
-        self.wide[start:stop] = stored
+        widen(stored, self.wide[start:stop])
         self.sequences[start:stop] = sequences
         self.expires_at_ms[start:stop] = expires_at_ms
         self.subject_hashes[start:stop] = id_hashes(subjects)

@@ -168,7 +168,9 @@ class IndexHistory(RuleBasedStateMachine):
         assert not any(status.dead.values())
         manifest = manifests.decode((self.disk.directory / manifests.NAME).read_bytes())
         held = {
-            gallery_id: sum(len(read_rows(self.disk, gallery_id, file, KEYS[gallery_id])[0]) for file in files.segments)
+            gallery_id: sum(
+                len(read_rows(self.disk.directory, gallery_id, file, KEYS[gallery_id]).rows) for file in files.segments
+            )
             for gallery_id, files in manifest.galleries.items()
         }
         assert held == {gallery_id: len(rows) for gallery_id, rows in self.oracle.galleries.items()}

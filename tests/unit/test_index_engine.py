@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from matcher_service.errors import DataDamaged, MemoryRefused, ShuttingDown
 from matcher_service.index.compaction import CompactionBudget, SegmentSize, to_rewrite
-from matcher_service.index.engine import Engine
+from matcher_service.index.engine import BuildScanner, Engine
 from matcher_service.index.rows import HashIndex, Names, id_hashes, joined_names
+from matcher_service.index.scanner import Scanner
 from matcher_service.index.scanners import BySize
 from matcher_service.index.segment import Segment, TailView
 from matcher_service.records import decode_gallery
@@ -32,9 +33,9 @@ ANY_TIME = 10**9
 BUDGET = CompactionBudget(rows_max=1_000_000, erase_after_ms=ANY_TIME)
 
 
-def engine_of(tail_rows_max: int = 8192, memory_bytes_max: int = 10**10) -> Engine:
+def engine_of(tail_rows_max: int = 8192, memory_bytes_max: int = 10**10, build: BuildScanner | None = None) -> Engine:
     return Engine(
-        build=BySize().build,
+        build=build or BySize().build,
         dimension_of=lambda entry: decode_gallery(entry.record).space.dimension,
         segment_rows_max=1_000_000,
         memory_bytes_max=memory_bytes_max,
@@ -227,6 +228,30 @@ def test_a_view_taken_before_an_entry_never_shows_it() -> None:
     assert list(engine.search(request).subject_ids) == ["new"]
 
 
+def test_what_ends_while_segments_are_joined_ends_in_the_new_one_too() -> None:
+    """Law 5: between the copying of the rows and the publishing of the new segment."""
+    log = LogWriter()
+
+    class Interrupted(BySize):
+        def build(self, stored: np.ndarray, *, hurried: bool = False) -> Scanner:
+            start = len(log.entries)
+            log.withdraw("g", "r0")
+            log.enrol("g", "r5", np.array([0, 1]), "new")
+            engine.apply(log.entries[start:])
+            return super().build(stored, hurried=hurried)
+
+    engine = engine_of(4, build=Interrupted().build)
+    log.create("g", 2)
+    for number in range(8):
+        log.enrol("g", f"r{number}", np.array([1, 0]))
+        engine.apply(log.entries)
+    assert engine.rewrite_one(BUDGET, NOW_MS, quiet=True) == 8
+    assert [part.rows for part in engine.view.galleries["g"].parts] == [8, 1]
+    found = engine.search(asking(np.array([[0.6, 0.8]])))
+    assert list(found.reference_ids) == ["r5", "r1", "r2", "r3", "r4", "r6", "r7"]
+    assert dict(engine.status().live) == {"g": 7}
+
+
 def test_rows_are_in_few_parts_however_they_came(seed: int) -> None:
     """In quiet moments each part outweighs all that is smaller by eight, at least."""
     rng = np.random.default_rng(seed)
@@ -293,12 +318,13 @@ def test_entries_that_make_no_sense_are_refused_as_a_whole() -> None:
 
 def test_a_reference_takes_at_most_1280_bytes() -> None:
     """Stored template, codes, columns and ids of 512-d references, but for what a segment holds once."""
-    count, dimension = 6000, 512
-    log, engine = LogWriter(), engine_of(1500)
+    count, dimension = 17_000, 512  # fewer would be held as float32 too
+    log, engine = LogWriter(), engine_of()
     log.create("g", dimension)
     for number, row in enumerate(unit_rows(np.random.default_rng(1), count, dimension)):
         log.enrol("g", f"ref-{number:09d}", row, f"sub-{number:09d}")
     engine.apply(log.entries)
+    assert engine.snapshot() is not None
     while engine.rewrite_one(BUDGET, NOW_MS, quiet=True):
         pass
     (segment,) = [part for part in engine.view.galleries["g"].parts if isinstance(part, Segment)]
