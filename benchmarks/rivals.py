@@ -42,16 +42,21 @@ def wide(stored: Float16) -> Float32:
     return rows
 
 
-def exact_rivals(stored: Float16, threads: int, rows: Float32 | None = None) -> Iterator[Rival]:
+def exact_rivals(stored: Float16, threads: int, *, quick: bool = False) -> Iterator[Rival]:
     """FAISS IndexFlatIP (default and other settings), BLAS product and selection in numpy, USearch exact, FAISS
-    scalar quantiser float16. Each is built when asked for."""
-    rows = wide(stored) if rows is None else rows
+    scalar quantiser float16; `quick`: only those that tend to be best. Each is built when asked for."""
+    rows = wide(stored)
     flat = faiss.IndexFlatIP(rows.shape[1])
     flat.add(rows)
     for setting, (blas, query_block, base_block) in FLAT_SETTINGS.items():
+        if quick and setting not in QUICK_SETTINGS:
+            continue
         yield Rival("faiss IndexFlatIP", setting, True, _flat(flat, blas, query_block, base_block))
     for block in (16_384, 131_072):
         yield Rival("numpy BLAS product + selection", f"blocks of {block} rows", True, _blas(rows, block))
+    if quick:
+        yield Rival("usearch exact float16", f"{threads} threads", True, _usearch(stored, np.float16, threads))
+        return
     yield Rival("usearch exact float32", f"{threads} threads", True, _usearch(rows, np.float32, threads))
     yield Rival("usearch exact float16", f"{threads} threads", True, _usearch(stored, np.float16, threads))
     halves = faiss.IndexScalarQuantizer(rows.shape[1], faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
@@ -68,6 +73,7 @@ FLAT_SETTINGS = {
     "BLAS from 20 probes, database blocks of 65536": (20, 256, 65_536),
     "BLAS never": (1_000_000, 4096, 1024),
 }
+QUICK_SETTINGS = ("default", "BLAS from 4 probes, database blocks of 16384", "BLAS never")
 
 
 def approximate_rivals(stored: Float16) -> Iterator[Rival]:

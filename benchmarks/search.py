@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks.galleries import KINDS, REAL_COSINE_MEDIAN, Float16, Float32, Kind, Probes, gallery, probes
 from benchmarks.rivals import FLAT_SETTINGS, Rival, Rows, approximate_rivals, exact_rivals
-from matcher_service.index.fastscan import FastScanScanners
+from matcher_service.index.fastscan import FastScanScanners, one_thread
 from matcher_service.index.scanner import Scanner
 from matcher_service.index.score import pair_scores
 
@@ -80,6 +81,8 @@ class Ours:
 
     def __init__(self, stored: Float16, threads: int, step: Callable[[], None]) -> None:
         self._makers = FastScanScanners(threads)
+        # The engine searches in a thread of its own, whose FAISS loops start no further threads.
+        self._searching = ThreadPoolExecutor(1, initializer=one_thread)
         self.stored = stored
         self.starts = list(range(0, len(stored), _SEGMENT_ROWS))
         self.scanners: list[Scanner] = []
@@ -93,6 +96,9 @@ class Ours:
 
     def answer(self, vectors: Float32, threshold: float | None, count: int) -> Truth:
         """The answer with its scores; `certified` then says which share of (probe, segment) it rests on."""
+        return self._searching.submit(self._answer, vectors, threshold, count).result()
+
+    def _answer(self, vectors: Float32, threshold: float | None, count: int) -> Truth:
         floors = np.full(len(vectors), -np.inf if threshold is None else threshold, np.float32)
         found: list[tuple[NDArray[np.int64], NDArray[np.int64], Float32]] = []
         certified = 0
@@ -138,6 +144,7 @@ class Ours:
             return time.perf_counter() - began
 
     def close(self) -> None:
+        self._searching.shutdown()
         self._makers.close()
 
 
@@ -246,7 +253,7 @@ def compare(args: argparse.Namespace, kind: Kind, references: int, progress: Pro
     rows: list[Row] = []
     if references <= _RIVAL_ROWS_MAX:
         progress.update(task, description="building the rivals", total=None)
-        rivals = list(exact_rivals(stored, args.threads)) if not args.ours_only else []
+        rivals = [] if args.ours_only else list(exact_rivals(stored, args.threads, quick=args.quick))
         rows = race(args, kind, stored, ours, rivals, listed, progress)
     else:
         rows = streamed(args, kind, stored, ours, listed, progress)
@@ -411,6 +418,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=0.5, help="at least so long in each turn")
     parser.add_argument("--seed", type=int, default=20_250_101)
     parser.add_argument("--ours-only", action="store_true", help="leave the rivals out")
+    parser.add_argument("--quick", action="store_true", help="only the settings of the rivals that tend to be best")
     parser.add_argument("--approximate", action="store_true", help="HNSW and IVF too, with the mates they lose")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     return parser.parse_args(arguments)

@@ -33,6 +33,7 @@ _PRODUCT_NS = 0.03  # of a full scan, per row, dimension and probe
 
 
 _FLOORS = 201  # floors, from 0 to 1, for which the shares are predicted
+_START_NS = 300_000  # that a filter takes to begin, however few its rows
 _TAKEN_MAX = 0.5  # of the rows of a part: bounds what one range search can hold
 
 
@@ -85,12 +86,23 @@ def taken_share(floor: float, rate: Rate, dimension: int, cosines: Float64, tail
 
 
 class Costs:
-    """What each way of answering costs a segment, per probe and row. `rates` by block; `convert_ns` is that of a
-    full scan, per row and dimension, 0 if its rows are float32 already."""
+    """What each way of answering costs a segment of `rows` rows, per probe and row.
+
+    `rates` by block; `convert_ns` is that of a full scan, per row and dimension, 0 if its rows are float32
+    already.
+    """
 
     def __init__(
-        self, dimension: int, cosines: Float64, rates: Mapping[int, Rate], convert_ns: float = CONVERT_NS
+        self,
+        rows: int,
+        dimension: int,
+        cosines: Float64,
+        rates: Mapping[int, Rate],
+        convert_ns: float = CONVERT_NS,
     ) -> None:
+        self._start = _START_NS / max(1, rows)
+        self._rows = rows
+        self._cosines = cosines
         self._whole = (dimension * convert_ns, dimension * _PRODUCT_NS)
         self._rescore = dimension * _RESCORE_NS
         self._blocks = np.array([*rates, 0], np.int64)
@@ -115,9 +127,14 @@ class Costs:
     def plan(self, floors: Float32, usable: NDArray[np.bool_]) -> Int64:
         """For each probe the block of the cheapest codes, or 0 for a full scan; int64 [n]."""
         steps = np.clip(np.nan_to_num(floors, posinf=1.0, neginf=0.0) * (_FLOORS - 1), 0, _FLOORS - 1).astype(np.int64)
-        whole = np.full((1, len(floors)), self.whole(len(floors)))
+        whole = np.full((1, len(floors)), self.whole(len(floors)) - self._start / max(1, len(floors)))
         cheapest = np.concatenate([self._coded[:, steps], whole]).argmin(axis=0)
         return np.asarray(np.where(usable, self._blocks[cheapest], 0))
+
+    def floor_of_best(self, count: int) -> float:
+        """The score that about `count` of the rows reach."""
+        above = np.cumsum(self._cosines[::-1])[::-1] * self._rows
+        return float(2 / BINS * np.count_nonzero(above >= count) - 1)
 
     def most_taken(self, batch: int) -> float:
         """The share of the rows from which on re-scoring them costs more than a full scan."""

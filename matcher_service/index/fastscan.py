@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from matcher_service.errors import DataDamaged
 from matcher_service.index import certificate, choose
 from matcher_service.index.codes import Codes, CodesBuilder, blocks_for, packed_size
-from matcher_service.index.flat import FlatScanner, Found, gather, side_by_side
+from matcher_service.index.flat import FlatScanner, Found, best_flat, gather, likely_rows, side_by_side
 from matcher_service.index.rotation import Rotation, draw_rotation
 from matcher_service.index.scanner import Hits, Scanner
 from matcher_service.index.score import float32_margin, norms, pair_products, pair_scores
@@ -80,6 +80,7 @@ class FastScanScanner:
         self._whole = whole or FlatScanner(stored, executor, self._norm_max)
         self._listed: Float32 = stored[self._always].astype(np.float32)
         self._costs = choose.Costs(
+            self.rows,
             self._dimension,
             np.asarray(state["cosines"], np.float64),
             {block: choose.Rate(codes.tables, *codes.typical[:2]) for block, codes in self._codes.items()},
@@ -133,6 +134,10 @@ class FastScanScanner:
         wanted = min(count, self.rows)
         if wanted <= 0 or not len(probes) or not self._codes:
             return self._whole.guess(probes, count)
+        floors = np.full(len(probes), self._costs.floor_of_best(wanted), np.float32)
+        if not self._costs.plan(floors, floors > 0).any():
+            # The scan to come will be in full: its floor hardly matters.
+            return gather([best_flat(likely_rows(self._stored, wanted), probes, wanted)], none)
         codes = self._codes[min(self._codes)]
         rotated = self._rotation(probes)
         tasks = [
@@ -352,7 +357,7 @@ def build_fastscan(
     if odd.size > max(_ALWAYS_ROWS, rows // 1000) or rows == 0:
         builders, odd = {}, np.empty(0, np.int64)  # not unit vectors: nothing to be gained from a filter
     always = np.unique(
-        np.concatenate([odd, *(builder.worst(min(_ALWAYS_ROWS, rows // 256)) for builder in builders.values())])
+        np.concatenate([odd, *(builder.worst(min(_ALWAYS_ROWS, rows // 1024)) for builder in builders.values())])
     ).astype(np.int64)
     coded = np.delete(row_norms, always)
     state: dict[str, NDArray[Any]] = {

@@ -13,7 +13,9 @@ from matcher_service.index.scanner import Hits
 from matcher_service.index.score import float32_margin, norms, pair_scores, widen
 from matcher_service.terms import Float32, Int64
 
-_BLOCK_ROWS = 2048  # rows turned to float32 at once: 4 MiB at 512 dimensions
+_BLOCK_ROWS = 8192  # rows of one product: 16 MiB at 512 dimensions
+_WIDEN_ROWS = 256  # rows turned to float32 at once: they stay in the cache meanwhile
+_GUESS_SHARE = 8  # a guess goes through one in so many rows, at least so many times the rows wanted
 _PROBES_MAX = 1024
 _FEW_PROBES = 3  # up to here BLAS gains nothing over one product after another, each thread its own rows
 _THREAD_ROWS = 16_384
@@ -73,8 +75,8 @@ class FlatScanner:
         return gather([found], np.zeros(len(probes), np.bool_))
 
     def guess(self, probes: Float32, count: int) -> Hits:
-        """The best rows by the float32 product: its order differs from that of the scores only in ties."""
-        return gather([best_flat(self._stored, probes, count)], np.zeros(len(probes), np.bool_))
+        """The best rows of the first ones: the scan to come goes through all rows whatever its floor."""
+        return gather([best_flat(likely_rows(self._stored, count), probes, count)], np.zeros(len(probes), np.bool_))
 
     def bytes_in_memory(self) -> int:
         return int(self._stored.nbytes)
@@ -99,7 +101,7 @@ def scan_flat(
     for start in range(0, len(probes), _PROBES_MAX):
         some = slice(start, start + _PROBES_MAX)
         tasks = [
-            _near(stored, first, min(first + rows_each, len(stored)), probes[some], cuts[some], few)
+            _near(stored, first, min(first + rows_each, len(stored)), probes[some], cuts[some], few, executor)
             for first in range(0, len(stored), rows_each)
         ]
         near.extend((which + start, rows) for which, rows in side_by_side(tasks, executor))
@@ -111,7 +113,13 @@ def scan_flat(
 
 
 def _near(
-    stored: NDArray[np.float16], first: int, last: int, probes: Float32, cuts: Float32, few: bool
+    stored: NDArray[np.float16],
+    first: int,
+    last: int,
+    probes: Float32,
+    cuts: Float32,
+    few: bool,
+    executor: Executor | None,
 ) -> Callable[[], tuple[Int64, Int64]]:
     """Finds, among the rows from `first` to `last`, the pairs whose float32 product is not below its cut."""
 
@@ -120,8 +128,7 @@ def _near(
         which: list[Int64] = []
         rows: list[Int64] = []
         for start in range(first, last, _BLOCK_ROWS):
-            block = stored[start : min(start + _BLOCK_ROWS, last)]
-            here = widen(block, wide[: len(block)])
+            here = _widened(stored[start : min(start + _BLOCK_ROWS, last)], wide, None if few else executor)
             products = np.einsum("ij,kj->ik", probes, here) if few else probes @ here.T
             # `not below` rather than `at or above`: what overflowed to NaN is scored exactly, not lost.
             probe, row = np.nonzero(~(products < cuts[:, None]))
@@ -130,6 +137,27 @@ def _near(
         return np.concatenate(which), np.concatenate(rows)
 
     return task
+
+
+def _widened(block: NDArray[np.float16], wide: Float32, executor: Executor | None) -> Float32:
+    """The block as float32, in `wide`, by all threads."""
+
+    def task(first: int, last: int) -> Callable[[], None]:
+        def widen_some() -> None:
+            for start in range(first, last, _WIDEN_ROWS):
+                here = slice(start, min(start + _WIDEN_ROWS, last))
+                widen(block[here], wide[here])
+
+        return widen_some
+
+    half = len(block) if executor is None else -(-len(block) // 2)
+    side_by_side([task(first, min(first + half, len(block))) for first in range(0, len(block), max(1, half))], executor)
+    return wide[: len(block)]
+
+
+def likely_rows(stored: NDArray[np.float16], count: int) -> NDArray[np.float16]:
+    """The first rows, as many as a guess of `count` rows goes through."""
+    return stored[: max(_GUESS_SHARE * count, len(stored) // _GUESS_SHARE)]
 
 
 def best_flat(stored: NDArray[np.float16], probes: Float32, count: int) -> Found:
@@ -142,7 +170,7 @@ def best_flat(stored: NDArray[np.float16], probes: Float32, count: int) -> Found
     wide = np.empty((min(_BLOCK_ROWS, len(stored)), stored.shape[1]), np.float32)
     for start in range(0, len(stored), _BLOCK_ROWS):
         block = stored[start : start + _BLOCK_ROWS]
-        products = probes @ widen(block, wide[: len(block)]).T
+        products = probes @ _widened(block, wide, None).T
         numbers = np.broadcast_to(np.arange(start, start + len(block)), products.shape)
         best, rows = np.concatenate([best, products], axis=1), np.concatenate([rows, numbers], axis=1)
         if best.shape[1] > wanted:

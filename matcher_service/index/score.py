@@ -43,12 +43,13 @@ def exact_scores_of(stored: NDArray[np.float16], rows: Int64, probe: Float32) ->
 
 
 def pair_scores(stored: NDArray[np.float16], rows: Int64, probes: Float32, which: Int64) -> Float32:
-    """Scores float32 [m] of pairs: row `rows[i]` and probe `which[i]`, int64 [m] each."""
+    """Scores float32 [m] of pairs: row `rows[i]`, of finite numbers, and probe `which[i]`, int64 [m] each."""
     scores = np.empty(rows.size, np.float32)
     step = max(1, _BLOCK_ELEMENTS // max(1, stored.shape[1]))
     for start in range(0, rows.size, step):
         here = slice(start, start + step)
-        products = np.take(stored, rows[here], axis=0).astype(np.float32).astype(np.float64)
+        halves = np.take(stored, rows[here], axis=0)
+        products = widen(halves, np.empty(halves.shape, np.float32)).astype(np.float64)
         products *= probes[which[here]]
         scores[here] = np.add.reduce(products, axis=-1)
     return scores
