@@ -83,15 +83,12 @@ def run(arguments: Sequence[str]) -> int:
         return 130
     except Exception as error:
         # Imported here, because a command that only prints its help has no need of it.
-        from matcher_service.client import Unreachable
         from matcher_service.errors import MatcherError
 
         if not isinstance(error, MatcherError):
             raise
         where = f"{error.field}: " if error.field else ""
-        # Not the service's own word: it said nothing.
-        cause = "UNREACHABLE" if isinstance(error, Unreachable) else error.cause.value
-        typer.echo(f"matcher: {cause}: {where}{error.detail}", err=True)
+        typer.echo(f"matcher: {error.cause.value}: {where}{error.detail}", err=True)
         if error.hint:
             typer.echo(f"    {error.hint}", err=True)
         return 1

@@ -64,10 +64,10 @@ DEADLINE_MS_MAX = 60_000
 
 
 class Unreachable(ServiceFault):
-    """No connection to the service, or it broke before the answer came. The client's own: it has no cause token
-    of its own on the wire."""
+    """No connection to the service, or it broke before the answer came. The client's own word: it never crosses
+    the wire."""
 
-    default_cause = Cause.SHARD_UNAVAILABLE
+    default_cause = Cause.UNREACHABLE
 
 
 class ReceiptOutcome(StrEnum):
