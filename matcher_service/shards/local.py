@@ -51,15 +51,12 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Upkeep:
-    """One round of upkeep: true while there is `more` to do at once. `erased` says which rows left memory and
-    every file in this round, at `at_ms` by the wall clock."""
+    """One round of upkeep: whether there is `more` to do at once, and which rows left memory and every file of
+    the index in this round, at `at_ms` by the wall clock."""
 
     more: bool
     erased: tuple[Erased, ...]
     at_ms: int
-
-    def __bool__(self) -> bool:
-        return self.more
 
 
 class Arrivals:
