@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -100,7 +101,7 @@ def calibrate(
     if as_json:
         print_json(document)
     else:
-        _show(result, document, Console())
+        _show(result, document, Console(width=None if sys.stdout.isatty() else 120))
 
 
 def _show(result: Calibration, document: dict[str, Any], console: Console) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -137,7 +138,7 @@ def evaluate(
     if as_json:
         typer.echo(figures.as_json(result, verdict))
     else:
-        summary.show(result, verdict, Console())
+        summary.show(result, verdict, Console(width=None if sys.stdout.isatty() else 120))
         if out is not None:
             typer.echo(f"The report is {out / 'index.html'}.")
     raise typer.Exit(1 if verdict.answer is Answer.NO else 0)
@@ -178,9 +179,9 @@ def _lost(
     progress: Progress,
 ) -> tuple[Lost, ...]:
     from matcher_service.commands.labelled_files import adapted
-    from matcher_service.evaluation.approximate import HNSW_SEARCH, IVF_PROBED, mates_lost
+    from matcher_service.evaluation.approximate import mates_lost
 
-    bar = progress.add_task("approximate indexes", total=len(HNSW_SEARCH) + len(IVF_PROBED))
+    bar = progress.add_task("approximate indexes", total=None)
     return mates_lost(
         adapted(held, space),
         held.subjects,
@@ -189,7 +190,7 @@ def _lost(
         threshold=threshold,
         rank_max=rank_max,
         confidence=confidence,
-        advance=lambda setting: progress.advance(bar),
+        advance=lambda done, of: progress.update(bar, completed=done, total=of),
     )
 
 

@@ -38,7 +38,7 @@ def mates_lost(
     threshold: float,
     rank_max: int,
     confidence: float,
-    advance: Callable[[str], None] = lambda setting: None,
+    advance: Callable[[int, int], None] = lambda done, of: None,
 ) -> tuple[Lost, ...]:
     """Adapted unit rows of references [n, d] and probes [q, d]. A mate is found when one of its subject's references
     is among the best `rank_max` rows at or above the threshold. Raises StartRefused without faiss."""
@@ -60,28 +60,30 @@ def mates_lost(
     trials = np.bincount(code, minlength=len(subjects))
 
     def lost(setting: str, answers: tuple[Float32, Int64]) -> Lost:
-        advance(setting)
         missed = ~_found(answers, reference_subjects, probe_subjects[rows], threshold)
         return Lost(setting, clustered_rate(np.bincount(code, missed, len(subjects)), trials, confidence))
 
     searched = np.ascontiguousarray(probes[rows])
+    lists = int(max(1, min(4 * np.sqrt(count), count // 39)))
+    probed = [one for one in IVF_PROBED if one <= lists]
     results = []
+
     graph = faiss.IndexHNSWFlat(dimension, HNSW_LINKS, faiss.METRIC_INNER_PRODUCT)
     graph.hnsw.efConstruction = HNSW_BUILD
     graph.add(references)
     for width in HNSW_SEARCH:
         graph.hnsw.efSearch = width
         results.append(lost(f"HNSW, {HNSW_LINKS} links, efSearch {width}", graph.search(searched, depth)))
-    lists = int(max(1, min(4 * np.sqrt(count), count // 39)))
+        advance(len(results), len(HNSW_SEARCH) + len(probed))
     quantiser = faiss.IndexFlatIP(dimension)
     inverted = faiss.IndexIVFFlat(quantiser, dimension, lists, faiss.METRIC_INNER_PRODUCT)
     inverted.cp.seed = _SEED
     inverted.train(references)
     inverted.add(references)
-    for probed in IVF_PROBED:
-        if probed <= lists:
-            inverted.nprobe = probed
-            results.append(lost(f"IVF, {lists} lists, nprobe {probed}", inverted.search(searched, depth)))
+    for one in probed:
+        inverted.nprobe = one
+        results.append(lost(f"IVF, {lists} lists, nprobe {one}", inverted.search(searched, depth)))
+        advance(len(results), len(HNSW_SEARCH) + len(probed))
     return tuple(results)
 
 

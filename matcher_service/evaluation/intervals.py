@@ -183,10 +183,13 @@ def power_of_ratio(ratio: float, base: float, trials_1: float, trials_2: float, 
     tail = (1.0 - check_confidence(confidence)) / 2.0
     counts_1, weight_1 = _likely_counts(mean_1, trials_1)
     counts_2, weight_2 = _likely_counts(mean_2, trials_2)
-    first, second = counts_1[:, None], counts_2[None, :]
     share = trials_1 / (trials_1 + trials_2)
-    together = first + second
-    shown = (binom.sf(first - 1, together, share) <= tail) | (binom.cdf(first, together, share) <= tail)
+    first, together = counts_1[:, None], counts_1[:, None] + counts_2[None, :]
+    # The exact test, by the counts from which it rejects: one quantile for each total, not one tail for each pair.
+    totals, which = np.unique(together, return_inverse=True)
+    high = binom.isf(tail, totals, share).astype(np.int64)[which].reshape(together.shape)
+    low = binom.ppf(tail, totals, share).astype(np.int64)[which].reshape(together.shape)
+    shown = (first > high) | (first < low)
     return float(weight_1 @ (shown & (together > 0)) @ weight_2)
 
 
@@ -194,7 +197,7 @@ def _likely_counts(mean: float, trials: float) -> tuple[Int64, Float64]:
     most = round(trials)
     spread = 6.0 * np.sqrt(mean + 1.0) + 6.0
     first, last = max(0, int(mean - spread)), min(most, int(mean + spread))
-    step = max(1, (last - first) // 200)
+    step = max(1, (last - first) // 120)
     counts: NDArray[np.int64] = np.arange(first, last + 1, step, dtype=np.int64)
     weights = binom.pmf(counts, most, min(1.0, mean / max(most, 1)))
     return counts, weights / max(float(weights.sum()), 1e-300)
@@ -208,7 +211,7 @@ def detectable_ratio(
     if most <= 1.0 or power_of_ratio(most, base, trials_1, trials_2, confidence) < power:
         return float("inf")
     low, high = 0.0, float(np.log(most))
-    for _ in range(14):
+    for _ in range(10):
         middle = (low + high) / 2
         enough = power_of_ratio(float(np.exp(middle)), base, trials_1, trials_2, confidence) >= power
         low, high = (low, middle) if enough else (middle, high)

@@ -11,7 +11,6 @@ import numpy as np
 from matcher_service.errors import StartRefused
 from matcher_service.evaluation.evaluation import Evaluation
 from matcher_service.evaluation.intervals import RateCurve
-from matcher_service.models.score_calibrator import fpir
 from matcher_service.terms import Float64
 
 _INK, _FALSE, _MISS, _QUIET = "#1b2733", "#b3391f", "#1f5fa8", "#8a94a0"
@@ -182,6 +181,8 @@ def _det(evaluation: Evaluation, axes: Any) -> None:
     )
     _rate_axis(axes, "x", least)
     _rate_axis(axes, "y", least)
+    axes.annotate("none missed", (0.01, least), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
+    axes.annotate("no false alert", (least, 0.01), xycoords=("data", "axes fraction"), rotation=90, fontsize=8)
     axes.set_xlabel("false alerts: share of searches for people not in the gallery (FPIR)")
     axes.set_ylabel("missed: share of searches for people in it (FNIR)")
     axes.legend(loc="upper right")
@@ -212,7 +213,8 @@ def _scores(evaluation: Evaluation, axes: Any) -> None:
     axes.axvline(evaluation.plan.threshold, color=_INK, lw=1, label=f"threshold {evaluation.plan.threshold:.3f}")
     axes.set_xlabel("score")
     axes.set_ylabel("searches")
-    axes.legend(loc="upper center")
+    axes.legend(loc="upper left")
+    axes.yaxis.get_major_locator().set_params(integer=True)
 
 
 def _sizes(evaluation: Evaluation, axes: Any) -> None:
@@ -229,8 +231,10 @@ def _sizes(evaluation: Evaluation, axes: Any) -> None:
     promised = evaluation.promised
     if promised is not None and evaluation.table is not None:
         beyond = np.geomspace(1, max(10.0 * people[-1], 100.0), 60)
-        single = [float(fpir(_single(promised.fpir_high, promised.references), round(one))) for one in beyond]
-        axes.plot(beyond, single, color=_INK, ls="--", lw=1.2, label="upper limit promised by the calibration")
+        # All references of a person count, so the promise over this gallery is spread over its people.
+        per_person = np.log1p(-min(promised.fpir_high, 1.0 - 1e-12)) / max(evaluation.searches.enrolled, 1)
+        limit = -np.expm1(per_person * beyond)
+        axes.plot(beyond, limit, color=_INK, ls="--", lw=1.2, label="upper limit promised by the calibration")
     axes.axhline(evaluation.plan.fpir_wanted, color=_QUIET, lw=1, ls=":", label="most asked for")
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(_plain_number)
@@ -238,10 +242,6 @@ def _sizes(evaluation: Evaluation, axes: Any) -> None:
     axes.set_xlabel("people in the gallery")
     axes.set_ylabel("false alerts: share of searches (FPIR)")
     axes.legend(loc="lower right")
-
-
-def _single(rate: float, references: int) -> float:
-    return float(-np.expm1(np.log1p(-min(rate, 1.0 - 1e-12)) / references))
 
 
 def _groups(evaluation: Evaluation, axes: Any) -> None:
@@ -307,7 +307,8 @@ def _least(evaluation: Evaluation) -> float:
 
 def _rate_axis(axes: Any, which: str, least: float) -> None:
     getattr(axes, f"set_{which}scale")("log")
-    getattr(axes, f"set_{which}lim")(least, 1.15)
+    # What was never seen is drawn at the least, just inside the frame.
+    getattr(axes, f"set_{which}lim")(least * 0.8, 1.15)
     getattr(axes, f"{which}axis").set_major_formatter(_percent)
 
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from scipy.special import gammaln
 
 from matcher_service.evaluation.intervals import (
+    SUBJECTS_WITH_EVENTS_MIN,
     Rate,
     RateCurve,
     clustered_rate,
@@ -152,9 +153,11 @@ class BySubject(NamedTuple):
 
     def events(self, happened: NDArray[np.bool_]) -> Int64:
         """Events [s, points] from events [rows, points]."""
-        found = np.zeros((len(self.trials), happened.shape[1]), dtype=np.int64)
-        np.add.at(found, self.code, happened)
-        return found
+        if not len(self.trials):
+            return np.zeros((0, happened.shape[1]), dtype=np.int64)
+        order = np.argsort(self.code, kind="stable")
+        starts = np.searchsorted(self.code[order], np.arange(len(self.trials)))
+        return np.asarray(np.add.reduceat(happened[order].astype(np.int64), starts, axis=0))
 
 
 def by_subject(searches: Searches, chosen: NDArray[np.bool_]) -> BySubject:
@@ -225,8 +228,8 @@ def fpir_by_size(
     searches: Searches, threshold: float, confidence: float, rng: np.random.Generator, *, replicates: int = 1000
 ) -> SizeCurve:
     """FPIR over random parts of the gallery. With k of N subjects at or above the threshold, n of them drawn at random
-    hold none with probability C(N-k, n) / C(N, n): no search needs to be repeated. Limits resample subjects; where no
-    probe alerted they are the exact limit for the whole gallery."""
+    hold none with probability C(N-k, n) / C(N, n): no search needs to be repeated. Limits resample subjects; where
+    fewer than ten alerted, too few to resample, they are the exact limits for the whole gallery, spread over it."""
     group = by_subject(searches, unmated(searches))
     total = searches.enrolled
     sizes = np.unique(np.rint(np.geomspace(1, max(total, 1), SIZE_POINTS)).astype(np.int64))
@@ -239,8 +242,9 @@ def fpir_by_size(
     np.add.at(sums, group.code, alerting)
     whole = fpir_curve(searches, np.asarray([threshold]), confidence).at(0)
     estimates = sums.sum(axis=0) / max(int(group.trials.sum()), 1)
-    if whole.events == 0:
-        low, high = np.zeros(len(sizes)), np.full(len(sizes), whole.high)
+    if int((sums[:, -1] > 0).sum()) < SUBJECTS_WITH_EVENTS_MIN:
+        part = sizes / max(total, 1)
+        low, high = (-np.expm1(part * np.log1p(-min(one, 1.0 - 1e-12))) for one in (whole.low, whole.high))
     else:
         weights = subject_weights(len(group.trials), replicates, rng)
         low, high = resampled_band(sums, group.trials, weights, confidence)

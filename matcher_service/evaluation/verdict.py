@@ -62,7 +62,7 @@ def judge(evaluation: Evaluation) -> Verdict:
         open_questions = [one for one in questions if one.answer is Answer.NOT_SHOWN]
         return Verdict(
             Answer.NOT_SHOWN,
-            f"{threshold} is NOT YET defensible for {size}: this test is too small to show it.",
+            f"{threshold} is NOT YET defensible for {size}: this test does not show it.",
             "Nothing seen here speaks against the threshold, but "
             + (
                 f"{len(open_questions)} of {len(questions)} questions stay"
@@ -89,7 +89,7 @@ def one_in(rate: float) -> str:
         return "none"
     if rate >= 0.995:
         return "all"
-    if rate >= 0.1:
+    if rate > 1 / 3:
         return f"{rate:.0%}"
     every = 1.0 / rate
     digits = 10 ** max(0, math.floor(math.log10(every)) - 1)
@@ -162,7 +162,14 @@ def _groups(evaluation: Evaluation) -> Question:
             " ".join(_difference(one) for one in shown),
             "Find the cause, or set a threshold at which the difference is not there. Do not use it meanwhile.",
         )
-    unclear = [one for one in evaluation.differentials if one.finding is Finding.CANNOT_TELL]
+    wanted = {"FPIR": evaluation.plan.fpir_wanted, "FNIR": evaluation.plan.fnir_wanted}
+    # A ratio of two tiny rates takes millions of people to show. What protects each group is that its own rate is
+    # within what was asked of all.
+    unclear = [
+        one
+        for one in evaluation.differentials
+        if one.finding is Finding.CANNOT_TELL and not _within(one, wanted[one.measure])
+    ]
     if unclear:
         least = min(group.detectable_ratio for one in unclear for group in one.groups)
         what = "no ratio at all" if math.isinf(least) else f"only one of {least:.1f} times or more"
@@ -176,9 +183,13 @@ def _groups(evaluation: Evaluation) -> Question:
     return Question(
         question,
         Answer.YES,
-        f"No difference was seen among {len(evaluation.differentials[0].groups)} groups, and a "
-        f"{RATIO_OF_CONCERN:.0f}-fold one would have been seen.",
+        f"No difference was seen among {len(evaluation.differentials[0].groups)} groups; and either a "
+        f"{RATIO_OF_CONCERN:.0f}-fold one would have been seen, or each group's own rate is within what was asked.",
     )
+
+
+def _within(one: Differential, wanted: float | None) -> bool:
+    return wanted is not None and all(group.rate.high <= wanted for group in one.groups)
 
 
 def _difference(one: Differential) -> str:
@@ -218,7 +229,7 @@ def _real_people(evaluation: Evaluation) -> Question:
 def _between(rate: Rate) -> str:
     if rate.events == 0:
         return f"below {one_in(rate.high)}"
-    if rate.low <= 0:
+    if rate.low < rate.high / 50:
         return f"at most {one_in(rate.high)}"
     return f"between {one_in(rate.low)} and {one_in(rate.high)}"
 
