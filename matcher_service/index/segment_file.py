@@ -4,8 +4,8 @@
     block       AES-256-GCM of the next block_bytes of the plain text (the last may be shorter), tag behind it
     ...
 
-All integers are little-endian. The plain text is a u32 length, that many bytes of JSON (`facts`, and name, dtype,
-shape and offset of each array), and the arrays, each at a multiple of 64 bytes.
+All integers are little-endian. The plain text is a u32 length, that many bytes of JSON (`facts`, and name, dtype and
+shape of each array), and the arrays in that order, each at a multiple of 64 bytes.
 
 Each file has its own key, derived from the gallery's (HKDF-SHA-256, the file_id as salt), so that the block
 number can be the nonce and no two blocks under one key share it. The associated data of each block is the
@@ -42,7 +42,7 @@ Arrays = Mapping[str, NDArray[Any]]
 
 
 class Contents(NamedTuple):
-    """What a sealed file holds: facts as JSON, and arrays that share one buffer."""
+    """What a sealed file holds: facts as JSON, and arrays by name."""
 
     facts: dict[str, Any]
     arrays: dict[str, NDArray[Any]]
@@ -67,14 +67,9 @@ def sealed(
 ) -> Iterator[bytes | memoryview]:
     """The bytes of a file, in chunks that are good until the next is asked for: the header, then block after
     block. `key` has 32 bytes; `file_id` must be fresh from `new_file_id`."""
-    places: list[dict[str, Any]] = []
-    offset = 0
-    for name, array in arrays.items():
-        places.append({"name": name, "dtype": array.dtype.str, "shape": array.shape, "offset": offset})
-        offset = _aligned(offset + array.nbytes)
+    places = [{"name": name, "dtype": array.dtype.str, "shape": array.shape} for name, array in arrays.items()]
     contents = orjson.dumps({"facts": dict(facts), "arrays": places})
-    first = _aligned(4 + len(contents))
-    plain_bytes = first + offset
+    plain_bytes = _aligned(4 + len(contents)) + sum(_aligned(array.nbytes) for array in arrays.values())
     blocks = -(-plain_bytes // block_bytes)
     header = _HEADER.pack(_MAGIC, FORMAT, 0, block_bytes, blocks, plain_bytes, bytes.fromhex(file_id))
     cipher = AESGCM(_file_key(key, bytes.fromhex(file_id)))
@@ -126,45 +121,85 @@ def _read(file: BinaryIO, path: Path, key: bytes, file_id: str) -> Contents:
         or size != _HEADER.size + header.plain_bytes + header.blocks * _TAG_BYTES
     ):
         raise DataDamaged(f"{path} has {size} bytes, which is not what its header says")
-    cipher = AESGCM(_file_key(key, header.file_id))
-    plain = np.empty(header.plain_bytes, np.uint8)
-    into = plain.data
-    block = bytearray(min(header.block_bytes, header.plain_bytes) + _TAG_BYTES)
-    for number in range(header.blocks):
-        start = number * header.block_bytes
-        length = min(header.block_bytes, header.plain_bytes - start)
-        sealed_block = memoryview(block)[: length + _TAG_BYTES]
-        if _read_fully(file, sealed_block) != len(sealed_block):
-            raise DataDamaged(f"{path} ends within block {number}")
-        try:
-            cipher.decrypt_into(_nonce(number), sealed_block, _associated(raw, number), into[start : start + length])
-        except InvalidTag:
-            raise DataDamaged(f"block {number} of {path} fails its authentication") from None
-    plain.flags.writeable = False
-    return _contents(path, plain)
-
-
-def _contents(path: Path, plain: NDArray[np.uint8]) -> Contents:
-    """The facts and arrays in an authenticated plain text, whose form is checked none the less."""
+    plain = _PlainText(file, path, raw, header, AESGCM(_file_key(key, header.file_id)))
     try:
-        length = int(plain[:4].view("<u4")[0])
-        described = orjson.loads(plain[4 : 4 + length].tobytes())
-        first = _aligned(4 + length)
-        arrays = {one["name"]: _array(plain, first, one) for one in described["arrays"]}
+        length = int.from_bytes(plain.take(4), "little")
+        described = orjson.loads(plain.take(length))
+        plain.skip(_aligned(4 + length) - 4 - length)
+        # Each array has memory of its own, so that one can be let go while another stays.
+        arrays = {place["name"]: _array(plain, place) for place in described["arrays"]}
+        plain.skip(plain.left)
         return Contents(described["facts"], arrays)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise DataDamaged(f"{path} does not hold what a sealed file holds: {error}") from error
 
 
-def _array(plain: NDArray[np.uint8], first: int, place: Mapping[str, Any]) -> NDArray[Any]:
+class _PlainText:
+    """The plain text of a file from its beginning, block by block; nothing is given out unauthenticated."""
+
+    def __init__(self, file: BinaryIO, path: Path, raw_header: bytes, header: _Header, cipher: AESGCM) -> None:
+        self.left = header.plain_bytes
+        self._file = file
+        self._path = path
+        self._raw_header = raw_header
+        self._cipher = cipher
+        self._number = 0
+        size = min(header.block_bytes, header.plain_bytes)
+        self._sealed = memoryview(bytearray(size + _TAG_BYTES))
+        self._open = memoryview(bytearray(size))
+        self._ready = self._open[:0]
+
+    def fill(self, into: memoryview) -> None:
+        """The next len(into) bytes. Raises DataDamaged, ValueError if there are not so many."""
+        if len(into) > self.left:
+            raise ValueError("an array lies outside the file")
+        while len(into):
+            if not len(self._ready):
+                self._next_block()
+            some = self._ready[: len(into)]
+            into[: len(some)] = some
+            into, self._ready = into[len(some) :], self._ready[len(some) :]
+            self.left -= len(some)
+
+    def take(self, count: int) -> bytes:
+        if count > self.left:
+            raise ValueError("the description lies outside the file")
+        taken = bytearray(count)
+        self.fill(memoryview(taken))
+        return bytes(taken)
+
+    def skip(self, count: int) -> None:
+        while count:
+            some = min(count, len(self._open))
+            self.take(some)
+            count -= some
+
+    def _next_block(self) -> None:
+        length = min(len(self._open), self.left)
+        sealed_block = self._sealed[: length + _TAG_BYTES]
+        if _read_fully(self._file, sealed_block) != len(sealed_block):
+            raise DataDamaged(f"{self._path} ends within block {self._number}")
+        self._ready = self._open[:length]
+        associated = _associated(self._raw_header, self._number)
+        try:
+            self._cipher.decrypt_into(_nonce(self._number), sealed_block, associated, self._ready)
+        except InvalidTag:
+            raise DataDamaged(f"block {self._number} of {self._path} fails its authentication") from None
+        self._number += 1
+
+
+def _array(plain: _PlainText, place: Mapping[str, Any]) -> NDArray[Any]:
     dtype, shape = np.dtype(place["dtype"]), tuple(place["shape"])
     size = dtype.itemsize
     for length in shape:
         size *= length
-    start = first + place["offset"]
-    if dtype.hasobject or min((0, *shape)) < 0 or not 0 <= start <= start + size <= len(plain):
+    if dtype.hasobject or min((0, *shape)) < 0 or size > plain.left:
         raise ValueError(f"array {place['name']} lies outside the file")
-    array: NDArray[Any] = plain[start : start + size].view(dtype).reshape(shape)
+    array = np.empty(shape, dtype)
+    if size:
+        plain.fill(array.reshape(-1).view(np.uint8).data)
+    plain.skip(_aligned(size) - size)
+    array.flags.writeable = False
     return array
 
 
