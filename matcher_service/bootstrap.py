@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import platform
+import shutil
 import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +24,9 @@ import prometheus_client
 import structlog
 import uvicorn
 import uvloop
+from cryptography import x509
 
-from matcher_service import process_lock, upkeep
+from matcher_service import policy, process_lock, upkeep
 from matcher_service.admission import Admission, ServiceTime
 from matcher_service.alerts import AlertFeed
 from matcher_service.batching import Batcher
@@ -36,10 +40,10 @@ from matcher_service.gateway.grpc import build_grpc_server
 from matcher_service.gateway.http import build_http_app
 from matcher_service.gateway.service import Service
 from matcher_service.identify import Identify, Searching
+from matcher_service.index.memory import budget_bytes
 from matcher_service.metrics import Metrics
 from matcher_service.models.embedder.card import read_card
 from matcher_service.models.embedder.outcome import TemplateMaker
-from matcher_service.models.embedder.worker import WorkerEmbedder
 from matcher_service.models.local import LocalModels
 from matcher_service.replay import Replay
 from matcher_service.seams import Clock, GalleryLog
@@ -147,6 +151,9 @@ async def _template_maker(settings: EmbedderSettings) -> AsyncIterator[TemplateM
         finally:
             await endpoints.close()
     else:
+        # Imported here, because only the extra `embedder` brings what reads pictures.
+        from matcher_service.models.embedder.worker import WorkerEmbedder
+
         worker = await WorkerEmbedder.open(settings.card, settings.files_dir)
         try:
             yield worker
@@ -220,6 +227,7 @@ async def _serving(
         credentials=credentials.BearerToken(token),
         templates=templates,
     )
+    metrics.ready.set_function(lambda: float(readiness()[0]))
     tasks = _Tasks()
     tasks.start("replay", replay.run())
     tasks.start("batcher", batcher.run())
@@ -228,6 +236,7 @@ async def _serving(
     tasks.start("erase", upkeep.erase_when_due(log, time, clock, metrics, erase_within_s))
     try:
         async with _edges(service, tasks) as (http_port, grpc_port):
+            _publish_setup(settings, metrics)
             ready = True
             try:
                 yield Running(service, http_port, grpc_port, token, token_file, tasks.failed)
@@ -243,6 +252,26 @@ async def _serving(
                     _log.warning("drain_cut_short", after_s=settings.server.drain_s_max)
     finally:
         await tasks.end()
+
+
+def _publish_setup(settings: Settings, metrics: Metrics) -> None:
+    """What the process was started with, and the disk under it, which is looked at when it is asked for."""
+    data_dir, certificate = settings.storage.data_dir, settings.server.tls_certificate_file
+    versions = {
+        "version": metadata.version("matcher-service"),
+        "policy": policy.POLICY_VERSION,
+        "python": platform.python_version(),
+    }
+    metrics.build.info(versions)
+    metrics.index_budget_bytes.set(budget_bytes(settings.index.memory_bytes_max))
+    metrics.erase_within_seconds.set(settings.storage.erase_within_h * 3600)
+    metrics.data_free_bytes.set_function(lambda: shutil.disk_usage(data_dir).free)
+    metrics.data_size_bytes.set_function(lambda: shutil.disk_usage(data_dir).total)
+    if certificate is not None:
+        # The edges have read it and would have refused a bad one.
+        served = x509.load_pem_x509_certificates(certificate.read_bytes())[0]
+        metrics.certificate_expiry.set(served.not_valid_after_utc.timestamp())
+    prometheus_client.ProcessCollector(registry=metrics.registry)
 
 
 @asynccontextmanager

@@ -77,3 +77,12 @@ def test_nothing_unfinished_or_private_is_committed() -> None:
 def test_every_file_is_small_enough_to_read() -> None:
     for path in committed():
         assert path.stat().st_size <= 1_000_000, path
+
+
+def test_the_service_starts_with_the_core_install_alone() -> None:
+    """What only an extra brings is imported where it is used."""
+    extras = ["PIL", "dlib", "tritonclient", "torch", "matplotlib", "usearch", "locust", "lancedb", "psycopg"]
+    blocked = "import sys\n" + "".join(f"sys.modules[{name!r}] = None\n" for name in extras)
+    program = blocked + "import matcher_service.bootstrap, matcher_service.client, matcher_service.demo.run\n"
+    ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
