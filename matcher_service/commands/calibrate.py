@@ -127,7 +127,7 @@ def _show(result: Calibration, document: dict[str, Any], console: Console) -> No
         table.add_column(column, justify="right")
     for choice in document["thresholds"]:
         if choice["threshold"] is None:
-            table.add_row(f"{choice['references']:,}", "not supported", choice["refusal"], "", "")
+            table.add_row(f"{choice['references']:,}", "not supported", "", "", "")
             continue
         missed = choice["false_non_match_rate"]
         table.add_row(
@@ -138,6 +138,11 @@ def _show(result: Calibration, document: dict[str, Any], console: Console) -> No
             f"{missed['estimate']:.2%} ({missed['low']:.2%} to {missed['high']:.2%})" if missed["trials"] else "-",
         )
     console.print(table)
+    console.print(
+        f"This set can promise {result.fpir_wanted:.3g} for galleries of up to {result.references_max:,} references. "
+        "Larger ones need templates of more people.",
+        highlight=False,
+    )
     for group in document["groups"]:
         console.print(
             f"Group {group['group']}: of comparisons of different people within it, {group['estimate']:.2g} "

@@ -13,7 +13,7 @@ from matcher_service.evaluation.comparisons import Comparisons, at_or_above, com
 from matcher_service.evaluation.impostor_tail import ImpostorTail, fit_tail, score_table
 from matcher_service.evaluation.intervals import Rate, clopper_pearson, dyadic_variance, few_clusters
 from matcher_service.evaluation.labelled import LabelledSet
-from matcher_service.evaluation.thresholds import Promise, false_non_match_rate, threshold_for
+from matcher_service.evaluation.thresholds import Promise, false_non_match_rate, promise, threshold_for
 from matcher_service.terms import Float32, ScoreTable
 
 # Groups are compared at the score that this share of all pairs of different people reaches.
@@ -50,6 +50,11 @@ class Calibration:
     fpir_wanted: float
     choices: tuple[Choice, ...]
     groups: tuple[GroupRate, ...]
+
+    @property
+    def references_max(self) -> int:
+        """Up to how many references the table can promise `fpir_wanted`, at any threshold."""
+        return promise(self.table, self.table.scores[-1], self.fpir_wanted, 1).references_max
 
     def document(self) -> dict[str, Any]:
         """Every number, for JSON."""
@@ -88,6 +93,7 @@ class Calibration:
                 "confidence": table.confidence,
             },
             "fpir_wanted": self.fpir_wanted,
+            "references_max": self.references_max,
             "thresholds": [_choice(one) for one in self.choices],
             "groups": [one._asdict() for one in self.groups],
         }

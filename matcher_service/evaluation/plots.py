@@ -15,7 +15,7 @@ from matcher_service.terms import Float64
 
 _INK, _FALSE, _MISS, _QUIET = "#1b2733", "#b3391f", "#1f5fa8", "#8a94a0"
 _SIZE_IN = (6.4, 4.2)
-_PNG_DPI = 110
+_PNG_DPI = 96
 
 
 class Plot:
