@@ -1,11 +1,16 @@
 """Every metric, named once. No label names a person, a probe, a reference or a camera.
 
 Probes without a candidate touch only counters per outcome and unlabelled histograms.
+
+`python -m matcher_service.metrics` prints them as the table of docs/METRICS.md.
 """
 
 from __future__ import annotations
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+import sys
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client.metrics import MetricWrapperBase
 
 # Edges stand on the service levels: a frame (40 ms), a tenth of a second, the default deadline (2 s).
 LATENCY_BUCKETS_S = (
@@ -80,3 +85,54 @@ class Metrics:
         )
         self.streams_open = Gauge("matcher_streams_open", "Open gRPC streams.", registry=registry)
         self.index_bytes = Gauge("matcher_index_bytes", "Memory held by the index.", registry=registry)
+        self.index_budget_bytes = Gauge(
+            "matcher_index_budget_bytes",
+            "Memory that the index may hold; beyond it enrolment stops.",
+            registry=registry,
+        )
+        self.erasure_complete = Gauge(
+            "matcher_erasure_complete_timestamp_seconds",
+            "Unix time at which the log last held no template that was due for erasure; 0: not since the start.",
+            registry=registry,
+        )
+        self.erase_within_seconds = Gauge(
+            "matcher_erase_within_seconds",
+            "Withdrawn and expired templates are erased within this (storage.erase_within_h).",
+            registry=registry,
+        )
+        self.ready = Gauge("matcher_ready", "1 while /readyz answers 200, else 0.", registry=registry)
+        self.data_free_bytes = Gauge(
+            "matcher_data_free_bytes", "Free space of the file system of storage.data_dir.", registry=registry
+        )
+        self.data_size_bytes = Gauge(
+            "matcher_data_size_bytes", "Size of the file system of storage.data_dir.", registry=registry
+        )
+        self.certificate_expiry = Gauge(
+            "matcher_certificate_expiry_timestamp_seconds",
+            "Unix time at which the TLS certificate read at the start expires; 0: no TLS.",
+            registry=registry,
+        )
+        self.build = Info(
+            "matcher_build", "Versions of the service, its policy and its interpreter.", registry=registry
+        )
+
+
+def sample_name(metric: MetricWrapperBase) -> str:
+    """The name that a query uses: counters end in _total, an info in _info."""
+    family = next(iter(metric.describe()))
+    return family.name + {"counter": "_total", "info": "_info"}.get(family.type, "")
+
+
+def table() -> str:
+    """Every metric as a Markdown table, in the order of their declaration."""
+    rows = ["| metric | type | labels | meaning |", "|---|---|---|---|"]
+    for metric in vars(Metrics(CollectorRegistry())).values():
+        if isinstance(metric, MetricWrapperBase):
+            family = next(iter(metric.describe()))
+            labels = ", ".join(f"`{one}`" for one in metric._labelnames)
+            rows.append(f"| `{sample_name(metric)}` | {family.type} | {labels} | {family.documentation} |")
+    return "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(table())

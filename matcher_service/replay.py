@@ -105,8 +105,7 @@ class Replay:
         """Apply one block; False at the head. Catalogue entries up to `known_catalogue` are already applied."""
         entries = await self._log.read(self._applied, BLOCK_ENTRIES, None)
         if not entries:
-            self._behind_since = None
-            self._metrics.replay_lag_seconds.set(0)
+            self._at_head()
             return False
         self._behind()
         self._metrics.log_sequence.set(entries[-1].sequence)
@@ -120,7 +119,14 @@ class Replay:
             self._applied = entries[-1].sequence
             self._progress.notify_all()
         self._metrics.applied_sequence.set(self._applied)
+        if len(entries) < BLOCK_ENTRIES:
+            # That was the whole tail. Otherwise the next write, hours later, would look like a lag of hours.
+            self._at_head()
         return True
+
+    def _at_head(self) -> None:
+        self._behind_since = None
+        self._metrics.replay_lag_seconds.set(0)
 
     def _behind(self) -> None:
         now = self._clock.monotonic()

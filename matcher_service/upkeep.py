@@ -62,6 +62,7 @@ async def erase_when_due(
         try:
             while erased := await log.erase(time.now_ms()):
                 metrics.erased.inc(erased)
+            metrics.erasure_complete.set(time.now_ms() / 1000)
         except (LogUnavailable, AuditUnavailable) as error:
             _log.error("erasure_delayed", detail=str(error))
         await asyncio.sleep(max(0.0, every_s - (clock.monotonic() - began)))
