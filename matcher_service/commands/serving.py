@@ -30,6 +30,12 @@ def serve(
 
     Options win over the environment (MATCHER_SERVER__HTTP_PORT=8090), which wins over the file.
     """
+    import os
+
+    # Before numpy is loaded. The scans share their work among threads of their own; OpenBLAS's are one pool for the
+    # whole process, in which searches and coding would wait for each other.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
     from matcher_service import bootstrap
     from matcher_service.settings import load
 

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import beta
+from scipy.special import betaincinv
 
 from matcher_service.errors import InvalidInput
 from matcher_service.terms import Float64, ScoreTable
@@ -163,5 +163,5 @@ def _ranks(count: int) -> list[int]:
 def _upper_limits(reached: NDArray[np.int64], count: int, weight: float, confidence: float) -> Float64:
     hits, trials = reached * weight, count * weight
     with np.errstate(invalid="ignore", divide="ignore"):
-        limits = beta.ppf(confidence, hits + 1.0, np.maximum(trials - hits, 0.0))
+        limits = betaincinv(hits + 1.0, np.maximum(trials - hits, 0.0), confidence)
     return np.where(reached >= count, 1.0, np.asarray(limits, dtype=np.float64))

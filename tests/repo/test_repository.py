@@ -81,7 +81,7 @@ def test_every_file_is_small_enough_to_read() -> None:
 
 def test_the_service_starts_with_the_core_install_alone() -> None:
     """What only an extra brings is imported where it is used."""
-    extras = ["PIL", "dlib", "tritonclient", "torch", "matplotlib", "usearch", "locust", "lancedb", "psycopg"]
+    extras = ["PIL", "dlib", "tritonclient", "matplotlib", "usearch", "locust", "lancedb", "psycopg"]
     blocked = "import sys\n" + "".join(f"sys.modules[{name!r}] = None\n" for name in extras)
     program = blocked + "import matcher_service.bootstrap, matcher_service.client, matcher_service.demo.run\n"
     ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
