@@ -37,7 +37,7 @@ COUNT = 10
 MATE_COSINES = (0.3, 0.4, 0.5, 0.6)
 _SEGMENT_ROWS = 1_000_000
 _RIVAL_ROWS_MAX = 2_500_000  # above, the rivals do not fit beside the stored rows and are streamed
-_ABOVE_THRESHOLD = 0.05  # how far above the threshold the mates are
+ABOVE_THRESHOLD = 0.05  # how far above the threshold the mates are
 _UNTHRESHOLDED_MATE = 0.4
 OURS = "certified scan"
 
@@ -225,7 +225,7 @@ def bar(console: Console) -> Progress:
 
 def cases(stored: Float16, kind: Kind, batches: list[int], thresholds: list[float | None], seed: int) -> Iterator[Case]:
     for threshold in thresholds:
-        cosine = _UNTHRESHOLDED_MATE if threshold is None else min(0.99, threshold + _ABOVE_THRESHOLD)
+        cosine = _UNTHRESHOLDED_MATE if threshold is None else min(0.99, threshold + ABOVE_THRESHOLD)
         if kind == "real":
             cosine = REAL_COSINE_MEDIAN
         asked = probes(stored, kind, max(batches), cosine, seed + int(1000 * cosine))

@@ -195,7 +195,7 @@ def test_a_guess_by_codes_finds_most_of_the_best() -> None:
         assert np.isin(best, hits.rows[hits.offsets[number] : hits.offsets[number + 1]]).sum() >= 5
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 2**32),
     rows=st.integers(1, 3000),

@@ -1,0 +1,210 @@
+"""The whole index engine, as a node runs it: `python -m benchmarks.engine --help`.
+
+References come in as log entries, segments are sealed and written, the process's shard is closed and opened
+again, a share of the references is withdrawn at random, and compaction cleans up. Between these, the same
+batches are searched; every answer's rows are those of the flat scan of the live stored rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+
+from benchmarks.galleries import KINDS, Float16, Float32, gallery, probes
+from benchmarks.search import ABOVE_THRESHOLD, bar, true_answer
+from matcher_service.clock import SystemClock
+from matcher_service.records import encode_gallery
+from matcher_service.settings import IndexSettings
+from matcher_service.shards.local import LocalShard
+from matcher_service.terms import EntryKind, Gallery, GalleryKind, LogEntry, SearchRequest, SpaceId
+
+_GALLERY = "custody"
+_BLOCK = 10_000
+_FOREVER_MS = 4_000_000_000_000
+_RANK_MAX = 100
+_ERASE_WITHIN_S = 0.002  # so that the next round of upkeep compacts
+
+
+def enrolments(stored: Float16, first: int, now_ms: int) -> list[LogEntry]:
+    """Entries of one block of rows, each a subject of its own."""
+    return [
+        LogEntry(first + number + 2, EntryKind.ENROL, now_ms, _GALLERY, f"r{row}", f"s{row}", _FOREVER_MS, rows, b"")
+        for number, (row, rows) in enumerate(
+            (row, stored[row].tobytes()) for row in range(first, min(first + _BLOCK, len(stored)))
+        )
+    ]
+
+
+async def run(args: argparse.Namespace, folder: Path, notes: Console) -> list[dict[str, object]]:
+    clock = SystemClock()
+    settings = IndexSettings(threads=args.threads)  # type: ignore[call-arg]
+    stored = gallery(args.data, args.references, args.dimension, args.seed)
+    asked = probes(stored, args.data, max(args.batch), args.threshold + ABOVE_THRESHOLD, args.seed + 1)
+    live = np.ones(len(stored), np.bool_)
+    results: list[dict[str, object]] = []
+
+    async def search(shard: LocalShard, when: str) -> None:
+        truth = expected(stored, live, asked.vectors, args.threshold)
+        for batch in args.batch:
+            request = SearchRequest(
+                (_GALLERY,),
+                np.ascontiguousarray(asked.vectors[:batch]),
+                np.full((batch, 1), args.threshold, np.float32),
+                np.full(batch, _RANK_MAX, np.int64),
+                clock.wall_ms(),
+            )
+            shortest, found = float("inf"), None
+            for _ in range(args.rounds):
+                began = time.perf_counter()
+                found = await shard.search(request)
+                shortest = min(shortest, time.perf_counter() - began)
+            assert found is not None
+            same = [
+                [int(name[1:]) for name in found.reference_ids[first:last]] == truth[probe][:_RANK_MAX].tolist()
+                for probe, (first, last) in enumerate(pairwise(found.offsets))
+            ]
+            results.append(
+                {
+                    "scanner": "engine",
+                    "when": when,
+                    "references": int(live.sum()),
+                    "dimension": args.dimension,
+                    "batch": batch,
+                    "threshold": args.threshold,
+                    "queries_per_second": batch / shortest,
+                    "identical": float(np.mean(same)),
+                    "certified": found.certified / max(1, found.certified + found.scanned),
+                }
+            )
+
+    async def settle(shard: LocalShard) -> None:
+        """Until upkeep has nothing to do, also when no more references come in."""
+        idle = 0
+        while idle < 3:
+            if (await shard.maintain()).more:
+                idle = 0
+            else:
+                idle += 1
+                await asyncio.sleep(1.1)
+
+    with bar(notes) as progress:
+        task = progress.add_task("enrolling", total=len(stored))
+        shard = await LocalShard.open(folder, _key, settings, clock)
+        began = time.perf_counter()
+        await shard.apply([_created(args.dimension, clock.wall_ms())])
+        for first in range(0, len(stored), _BLOCK):
+            block = enrolments(stored, first, clock.wall_ms())
+            await shard.apply(block)
+            await shard.maintain()
+            progress.advance(task, len(block))
+        await settle(shard)
+        status = await shard.status()
+        notes.print(
+            f"{len(stored):,} references applied and encoded in {time.perf_counter() - began:.1f} s; "
+            f"{status.segments} segments, {status.bytes_in_memory / len(stored):.0f} bytes per reference"
+        )
+        progress.update(task, description="searching")
+        await search(shard, "fresh")
+        progress.update(task, description="writing files, restarting")
+        await shard.close()
+        began = time.perf_counter()
+        shard = await LocalShard.open(folder, _key, settings, clock, erase_within_s=_ERASE_WITHIN_S)
+        notes.print(f"ready again in {time.perf_counter() - began:.1f} s from {_size(folder) / 2**20:.0f} MiB of files")
+        await search(shard, "restarted")
+        progress.update(task, description="withdrawing")
+        ended = np.random.default_rng(args.seed).choice(len(stored), int(args.withdrawn * len(stored)), replace=False)
+        live[ended] = False
+        for first in range(0, len(ended), _BLOCK):
+            await shard.apply(withdrawals(ended[first : first + _BLOCK], len(stored) + 2 + first, clock.wall_ms()))
+        await search(shard, f"{args.withdrawn:.0%} withdrawn")
+        progress.update(task, description="compacting")
+        began = time.perf_counter()
+        await settle(shard)
+        notes.print(f"compacted in {time.perf_counter() - began:.1f} s")
+        await search(shard, "compacted")
+        await shard.close()
+    return results
+
+
+def withdrawals(rows: NDArray[np.int64], sequence: int, now_ms: int) -> list[LogEntry]:
+    return [
+        LogEntry(sequence + number, EntryKind.WITHDRAW, now_ms, _GALLERY, f"r{row}", f"s{row}", 0, None, b"")
+        for number, row in enumerate(rows.tolist())
+    ]
+
+
+def expected(stored: Float16, live: NDArray[np.bool_], vectors: Float32, threshold: float) -> list[NDArray[np.int64]]:
+    """Per probe the live rows at or above the threshold, best first, ties in the order of their ids."""
+    truth = true_answer(stored, vectors, threshold, 1)
+    ordered = []
+    for rows, scores in zip(truth.rows, truth.scores, strict=True):
+        kept = sorted(zip(scores[live[rows]], rows[live[rows]], strict=True), key=lambda one: (-one[0], f"r{one[1]}"))
+        ordered.append(np.array([row for _, row in kept], np.int64))
+    return ordered
+
+
+def _created(dimension: int, now_ms: int) -> LogEntry:
+    made = Gallery(
+        _GALLERY,
+        GalleryKind.CUSTODY,
+        controller="benchmark",
+        lawful_basis="none: synthetic",
+        purpose="benchmark",
+        retention_ms=_FOREVER_MS,
+        space=SpaceId("synthetic", 1, dimension),
+        threshold=0.0,
+        created_at_ms=now_ms,
+    )
+    return LogEntry(1, EntryKind.GALLERY_CREATED, now_ms, _GALLERY, "", "", 0, None, encode_gallery(made))
+
+
+def _key(gallery_id: str) -> bytes:
+    return gallery_id.encode().ljust(32, b".")
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--references", type=int, default=1_000_000)
+    parser.add_argument("--dimension", type=int, default=512)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64, 256])
+    parser.add_argument("--threshold", type=float, default=0.4)
+    parser.add_argument("--withdrawn", type=float, default=0.2, help="share of the references, at random")
+    parser.add_argument("--data", choices=[kind for kind in KINDS if kind != "real"], default="isotropic")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=20_250_101)
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    args = parser.parse_args()
+    notes = Console(stderr=True)
+    notes.print(f"seed {args.seed}, {args.threads} threads")
+    with tempfile.TemporaryDirectory() as folder:
+        results = asyncio.run(run(args, Path(folder), notes))
+    for row in results:
+        if args.json:
+            sys.stdout.write(json.dumps(row) + "\n")
+        else:
+            sys.stdout.write(
+                f"{row['when']:>14}  batch {row['batch']:>4}  {row['queries_per_second']:>9.1f} queries/s  "
+                f"identical {row['identical']:.2f}  certified {row['certified']:.2f}\n"
+            )
+    if any(row["identical"] != 1.0 for row in results):
+        sys.exit("the engine gave another answer than the flat scan of the live rows")
+
+
+if __name__ == "__main__":
+    main()
