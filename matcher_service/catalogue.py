@@ -48,6 +48,10 @@ class Catalogue:
             case EntryKind.GALLERY_DELETED:
                 self.galleries = {key: kept for key, kept in self.galleries.items() if key != entry.gallery_id}
                 self.deleted_galleries |= {entry.gallery_id}
+            case EntryKind.THRESHOLD_CHANGED:
+                gallery_id, threshold = records.decode_threshold_change(entry.record)
+                gallery = dataclasses.replace(self.galleries[gallery_id], threshold=threshold)
+                self.galleries = {**self.galleries, gallery_id: gallery}
             case EntryKind.DEPLOYMENT_CREATED:
                 deployment = records.decode_deployment(entry.record)
                 self.deployments = {**self.deployments, deployment.deployment_id: deployment}

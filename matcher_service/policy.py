@@ -19,6 +19,7 @@ from matcher_service.models.template_adapter import check_space
 from matcher_service.terms import (
     Case,
     Cause,
+    ChangeThreshold,
     CreateCase,
     CreateDeployment,
     CreateGallery,
@@ -287,6 +288,8 @@ def judge_change(write: Write, catalogue: Catalogue, id_bytes_max: int, dimensio
             _require_text(case.purpose, "purpose", 4096)
             _require_unused(case.case_reference, catalogue.cases, "case_reference")
             _require_galleries(case.gallery_ids, catalogue)
+        case ChangeThreshold():
+            _judge_threshold_change(write, catalogue, id_bytes_max)
         case RegisterSpace(space):
             _require_text(space.id.name, "name", id_bytes_max)
             if not 2 <= space.id.dimension <= dimension_max:
@@ -325,6 +328,31 @@ def _judge_gallery(gallery: Gallery, catalogue: Catalogue, id_bytes_max: int) ->
             field="space",
             cause=Cause.WRONG_SPACE,
             hint="register the space with its centre first",
+        )
+
+
+def _judge_threshold_change(change: ChangeThreshold, catalogue: Catalogue, id_bytes_max: int) -> None:
+    gallery = gallery_named(change.gallery_id, catalogue)
+    if not -1.0 <= change.threshold <= 1.0:
+        raise InvalidInput(
+            f"{change.threshold:g} is not between -1 and 1", field="threshold", hint="a score is a cosine"
+        )
+    if change.threshold == gallery.threshold:
+        raise Conflict(f"the threshold is {change.threshold:g} already", field="threshold", hint="nothing to change")
+    _require_text(change.reason, "reason", 4096)
+    _require_text(change.proposed_by, "proposed_by", id_bytes_max)
+    _require_text(change.approved_by, "approved_by", id_bytes_max)
+    for row, one in enumerate(change.rates):
+        if one.measure not in ("FPIR", "FNIR") or not (0 <= one.before <= 1 and 0 <= one.after <= 1):
+            raise InvalidInput(
+                "not an error rate before and after", field=f"rates[{row}]", hint="give FPIR or FNIR, from 0 to 1"
+            )
+    told = {one.measure for one in change.rates if not one.group}
+    if told != {"FPIR", "FNIR"}:
+        raise InvalidInput(
+            "a threshold changes both error rates, and both must be told",
+            field="rates",
+            hint="give FPIR and FNIR over all people before and after, as `matcher evaluate` measures them",
         )
 
 

@@ -20,6 +20,7 @@ from matcher_service.terms import (
     Alert,
     Candidate,
     Case,
+    ChangeThreshold,
     Deployment,
     Float32,
     Gallery,
@@ -207,6 +208,19 @@ def decode_case(record: bytes) -> Case:
         rank_max=found["rank_max"],
         ended_at_ms=found["ended_at_ms"],
     )
+
+
+def encode_threshold_change(change: ChangeThreshold, before: float) -> bytes:
+    """Record of THRESHOLD_CHANGED; `before` is the threshold that it replaces."""
+    rates = [one._asdict() for one in change.rates]
+    return orjson.dumps({**change._asdict(), "rates": rates, "threshold_before": before})
+
+
+@_sensible("change of threshold")
+def decode_threshold_change(record: bytes) -> tuple[str, float]:
+    """(gallery_id, the threshold from now on)."""
+    found = orjson.loads(record)
+    return str(found["gallery_id"]), float(found["threshold"])
 
 
 def encode_ended(name: str, value: str, ended_at_ms: int) -> bytes:

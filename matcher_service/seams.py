@@ -99,7 +99,8 @@ class GalleryLog(Protocol):
         (WRONG_DIMENSION), Conflict if live and not `replace`, or if the idempotency key was used for
         something else. A key seen within the stated window gives the first receipt as REPEATED.
         Withdraw: NotFound if not live. CreateGallery: Conflict if the id was ever used, NotFound if the
-        space is not registered. RegisterSpace: Conflict if the id stands for another centre.
+        space is not registered. ChangeThreshold: NotFound (UNKNOWN_GALLERY), InvalidInput if one person alone
+        stands for it. RegisterSpace: Conflict if the id stands for another centre.
         """
         ...
 

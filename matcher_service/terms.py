@@ -206,6 +206,7 @@ class EntryKind(IntEnum):
     DEPLOYMENT_ENDED = 7
     CASE_CREATED = 8
     CASE_ENDED = 9
+    THRESHOLD_CHANGED = 10
 
 
 class LogEntry(NamedTuple):
@@ -265,6 +266,27 @@ class DeleteGallery(NamedTuple):
     reason: str
 
 
+class RateChange(NamedTuple):
+    """What a change of threshold does to one error rate: upper limits before and after. `measure` is "FPIR" or "FNIR",
+    `group` the group of people it was measured on ("": all)."""
+
+    measure: str
+    group: str
+    before: float
+    after: float
+
+
+class ChangeThreshold(NamedTuple):
+    """Wish: give a gallery another threshold, for a reason, knowing what it does to whom. Two persons stand for it."""
+
+    gallery_id: str
+    threshold: float
+    reason: str
+    proposed_by: str
+    approved_by: str
+    rates: tuple[RateChange, ...]
+
+
 class RegisterSpace(NamedTuple):
     space: TemplateSpace
 
@@ -291,6 +313,7 @@ Write = (
     | WithdrawSubject
     | CreateGallery
     | DeleteGallery
+    | ChangeThreshold
     | RegisterSpace
     | CreateDeployment
     | EndDeployment

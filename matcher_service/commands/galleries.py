@@ -81,6 +81,41 @@ def show_gallery(
     (print_json if as_json else print_fields)(found)
 
 
+@galleries.command("threshold")
+def change_threshold(
+    gallery_id: str,
+    threshold: Annotated[float, typer.Argument(help="Least score that is a candidate from now on, in [-1, 1].")],
+    before: Annotated[Path, typer.Option(help="report.json of `matcher evaluate` at the threshold until now.")],
+    after: Annotated[Path, typer.Option(help="report.json of `matcher evaluate` at the new threshold.")],
+    proposed_by: Annotated[str, typer.Option(help="Who proposes it.")],
+    approved_by: Annotated[str, typer.Option(help="Who approves it: a second person.")],
+    reason: Reason,
+    http: Http = HTTP_URL,
+    token_file: TokenFile = None,
+    ca_file: CaFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Change a gallery's threshold, with what it does to the error rates, by group where both reports tell groups."""
+    from matcher_service.commands.threshold_evidence import rate_changes
+
+    with api_to(http, token_file, ca_file) as api:
+        now = api.get(path_of("galleries", gallery_id))["threshold"]
+        rates = rate_changes(before, now, after, threshold)
+        body = {
+            "threshold": threshold,
+            "reason": reason,
+            "proposed_by": proposed_by,
+            "approved_by": approved_by,
+            "rates": rates,
+        }
+        done = api.post(path_of("galleries", gallery_id, "threshold"), body)
+    if as_json:
+        print_json({**done, "threshold_before": now, "rates": rates})
+        return
+    print_rows(rates, ("measure", "group", "before", "after"), "")
+    typer.echo(f"Threshold of {gallery_id}: {now:g} before, {threshold:g} from now on (sequence {done['sequence']}).")
+
+
 @galleries.command("delete")
 def delete_gallery(
     gallery_id: str,

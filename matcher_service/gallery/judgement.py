@@ -18,6 +18,7 @@ from matcher_service.gallery.transaction import FirstUse, Held, Note, Place, Wri
 from matcher_service.terms import (
     Actor,
     Cause,
+    ChangeThreshold,
     CreateCase,
     CreateDeployment,
     CreateGallery,
@@ -76,6 +77,8 @@ class _Judge:
                 return self._create_gallery(write)
             case DeleteGallery():
                 return self._delete_gallery(write)
+            case ChangeThreshold():
+                return self._change_threshold(write)
             case CreateDeployment():
                 return self._create_deployment(write)
             case EndDeployment():
@@ -239,6 +242,33 @@ class _Judge:
             ) from None
         return self._catalogue("gallery.created", gallery_id, EntryKind.GALLERY_CREATED, gallery_id, record)
 
+    def _change_threshold(self, write: ChangeThreshold) -> Receipt:
+        gallery = self._state.galleries.get(write.gallery_id)
+        if gallery is None:
+            raise self._unknown_gallery(write.gallery_id)
+        if not math.isfinite(write.threshold) or abs(write.threshold) > 1:
+            raise InvalidInput(f"threshold is {write.threshold}", field="threshold", hint="a cosine: from -1 to 1")
+        if same_person(write.proposed_by, write.approved_by):
+            raise InvalidInput(
+                "the person who proposed the change also approved it",
+                field="approved_by",
+                hint="a second person approves a change of threshold",
+            )
+        record = _encoded("rates", lambda: records.encode_threshold_change(write, gallery.threshold))
+        detail = _detail(
+            {
+                "threshold_before": gallery.threshold,
+                "threshold": write.threshold,
+                "reason": write.reason,
+                "proposed_by": write.proposed_by,
+                "approved_by": write.approved_by,
+                "rates": [one._asdict() for one in write.rates],
+            }
+        )
+        return self._catalogue(
+            "threshold.changed", write.gallery_id, EntryKind.THRESHOLD_CHANGED, write.gallery_id, record, detail
+        )
+
     def _delete_gallery(self, write: DeleteGallery) -> Receipt:
         gallery_id = write.gallery_id
         if gallery_id not in self._state.galleries:
@@ -318,6 +348,12 @@ class _Judge:
             cause=Cause.UNKNOWN_GALLERY,
             hint="list the galleries to see which there are",
         )
+
+
+def same_person(one: str, other: str) -> bool:
+    """Whether two names are one, however they are spaced or capitalised. An empty name is nobody's."""
+    first, second = (" ".join(name.split()).casefold() for name in (one, other))
+    return not first or not second or first == second
 
 
 def _check_open(known: dict[str, bool], what: str, field: str, name: str) -> None:

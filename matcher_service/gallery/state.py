@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sqlalchemy import Connection, select
 
@@ -35,6 +35,9 @@ class CatalogueState:
                 gallery_id, _ = records.decode_ended(record)
                 self.galleries.pop(gallery_id, None)
                 self.deleted.add(gallery_id)
+            case EntryKind.THRESHOLD_CHANGED:
+                gallery_id, threshold = records.decode_threshold_change(record)
+                self.galleries[gallery_id] = replace(self.galleries[gallery_id], threshold=threshold)
             case EntryKind.DEPLOYMENT_CREATED:
                 deployment = records.decode_deployment(record)
                 self.deployments[deployment.deployment_id] = deployment.ended_at_ms is not None

@@ -28,18 +28,21 @@ from matcher_service.gateway.json_bodies import (
     ScoreTableBody,
     SpaceBody,
     TemplateSpaceBody,
+    ThresholdBody,
 )
 from matcher_service.settings import LimitSettings
 from matcher_service.terms import (
     Actor,
     Case,
     Cause,
+    ChangeThreshold,
     Deployment,
     Dtype,
     EnrolMessage,
     Float32,
     Gallery,
     ProbeMessage,
+    RateChange,
     ScoreTable,
     SpaceId,
     SpaceMap,
@@ -187,6 +190,18 @@ def gallery(data: bytes) -> Gallery:
         retention_ms=sent.retention_ms,
         space=_space(sent.space),
         threshold=sent.threshold,
+    )
+
+
+def threshold_change(data: bytes, gallery_id: str) -> ChangeThreshold:
+    sent = body(ThresholdBody, data)
+    return ChangeThreshold(
+        gallery_id=gallery_id,
+        threshold=sent.threshold,
+        reason=sent.reason,
+        proposed_by=sent.proposed_by,
+        approved_by=sent.approved_by,
+        rates=tuple(RateChange(one.measure, one.group, one.before, one.after) for one in sent.rates),
     )
 
 

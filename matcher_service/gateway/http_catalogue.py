@@ -13,7 +13,7 @@ from matcher_service.errors import NotFound
 from matcher_service.gateway import decode, decode_json
 from matcher_service.gateway.http_exchange import actor_of, documented, json_response, read_body, require_json
 from matcher_service.gateway.http_queries import NoQuery, Reason
-from matcher_service.gateway.json_bodies import CaseBody, DeploymentBody, GalleryBody, TemplateSpaceBody
+from matcher_service.gateway.json_bodies import CaseBody, DeploymentBody, GalleryBody, TemplateSpaceBody, ThresholdBody
 from matcher_service.gateway.service import Service
 from matcher_service.terms import (
     Case,
@@ -65,6 +65,12 @@ def router(service: Service) -> APIRouter:
     async def describe_gallery(gallery_id: str, query: Annotated[NoQuery, Query()]) -> Response:
         found = _named(gallery_id, catalogue.galleries, "gallery_id", Cause.UNKNOWN_GALLERY)
         return json_response(records.gallery_dict(found))
+
+    @routes.post("/v1/galleries/{gallery_id}/threshold", openapi_extra=documented(ThresholdBody), tags=["galleries"])
+    async def change_threshold(gallery_id: str, request: Request, query: Annotated[NoQuery, Query()]) -> Response:
+        """Give the gallery another threshold: a reason, what it does to the error rates, and two persons."""
+        change = decode_json.threshold_change(await sent(request), gallery_id)
+        return await changed(change, request, gallery_id=gallery_id, threshold=change.threshold)
 
     @routes.delete("/v1/galleries/{gallery_id}", tags=["galleries"])
     async def delete_gallery(gallery_id: str, request: Request, query: Annotated[Reason, Query()]) -> Response:

@@ -91,6 +91,21 @@ class GalleryBody(Body):
     threshold: float = Field(description="Least score, in [-1, 1], that is a candidate.")
 
 
+class RateChangeBody(Body):
+    measure: Literal["FPIR", "FNIR"]
+    group: str = Field("", description="The group of people that it was measured on; empty: all.")
+    before: float = Field(ge=0, le=1, description="Upper limit of the rate at the threshold until now.")
+    after: float = Field(ge=0, le=1, description="Upper limit of the rate at the new threshold.")
+
+
+class ThresholdBody(Body):
+    threshold: float = Field(description="Least score, in [-1, 1], that is a candidate from now on.")
+    reason: str
+    proposed_by: str
+    approved_by: str = Field(description="A second person.")
+    rates: list[RateChangeBody] = Field(description="What it does to FPIR and FNIR, over all people and by group.")
+
+
 class SpaceMapBody(Body):
     source: SpaceBody
     matrix: Numbers
@@ -145,6 +160,7 @@ BODIES: tuple[type[Body], ...] = (
     IdentifyBody,
     EnrolBody,
     GalleryBody,
+    ThresholdBody,
     TemplateSpaceBody,
     DeploymentBody,
     CaseBody,

@@ -285,6 +285,7 @@ async def test_paths_hold_what_the_interface_promises(client: httpx.AsyncClient)
         "/v1/identify",
         "/v1/galleries",
         "/v1/galleries/{gallery_id}",
+        "/v1/galleries/{gallery_id}/threshold",
         "/v1/galleries/{gallery_id}/references",
         "/v1/galleries/{gallery_id}/references/{reference_id}",
         "/v1/subjects/{subject_id}",
