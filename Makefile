@@ -27,7 +27,7 @@ $(VENV)/.dev: $(VENV)/.core
 
 $(VENV)/.cluster: $(VENV)/.dev
 	@echo "Installing the Triton client and the embedder into $(VENV)"
-	@$(PIP) -e '.[cpu,dev,triton,embedder]'
+	@$(PIP) -e '.[cpu,dev,triton,embedder,onnx]'
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.core

@@ -97,7 +97,6 @@ def _stamp() -> str:
         SERVER_PACKAGE,
         *EMBEDDER_PACKAGES,
         _requirements_file().read_text(),
-        (ROOT / "constraints.txt").read_text(),
         Path(__file__).read_text(),
     )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
