@@ -306,6 +306,7 @@ def race(
                     speed / best_rival if best_rival else None,
                 )
             )
+        args.told(rows[-len(runners) :])
     progress.remove_task(task)
     return rows
 
@@ -318,6 +319,7 @@ def streamed(
     rows = race(args, kind, stored, ours, [], listed, progress)
     if args.ours_only:
         return rows
+    streamed_from = len(rows)
     names = list(FLAT_SETTINGS)[:1]
     spent = {(number, name): 0.0 for number in range(len(listed)) for name in names}
     starts = range(0, len(stored), _SEGMENT_ROWS)
@@ -349,6 +351,7 @@ def streamed(
                 None,
             )
         )
+    args.told(rows[streamed_from:])
     return rows
 
 
@@ -378,6 +381,7 @@ def lost_mates(args: argparse.Namespace, kind: Kind, references: int, progress: 
                     None,
                 )
             )
+    args.told(rows)
     progress.remove_task(task)
     return rows
 
@@ -397,6 +401,12 @@ def print_table(rows: list[Row], out: Console) -> None:
                 for value in (row.ratio, row.mates_found, row.identical, row.certified)
             ]
             out.print(" ".join(cells) + f"  {row.scanner} ({row.setting})", highlight=False, soft_wrap=True)
+
+
+def tell_json(rows: list[Row]) -> None:
+    for row in rows:
+        sys.stdout.write(json.dumps({name: _json(value) for name, value in asdict(row).items()}) + "\n")
+    sys.stdout.flush()
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -430,17 +440,13 @@ def main() -> None:
     notes = Console(stderr=True)
     notes.print(f"seed {args.seed}, {args.threads} threads, faiss {faiss.__version__}, numpy {np.__version__}")
     rows: list[Row] = []
+    args.told = tell_json if args.json else (lambda some: print_table(some, Console(file=sys.stdout, width=160)))
     with bar(notes) as progress:
         for kind in args.data:
             for references in args.references:
                 rows += compare(args, kind, references, progress)
                 if args.approximate and kind != "real":
                     rows += lost_mates(args, kind, references, progress)
-    if args.json:
-        for row in rows:
-            sys.stdout.write(json.dumps({name: _json(value) for name, value in asdict(row).items()}) + "\n")
-    else:
-        print_table(rows, Console(file=sys.stdout, width=160))
     if any(row.scanner == OURS and row.identical < 1 for row in rows):
         sys.exit("the certified scan gave another answer than the flat scan of the stored rows")
 
