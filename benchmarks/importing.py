@@ -11,23 +11,18 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import NamedTuple
 
-import httpx
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks.served import Service, prepare, service
 from matcher_service.client import MatcherClient, Probes, ReceiptOutcome, References
 from matcher_service.terms import SpaceId
 
@@ -35,75 +30,6 @@ MESSAGE_REFERENCES = 4000
 MESSAGE_PROBES = 4
 PROBE_EVERY_S = 0.05
 SETTLED_S = 5.0
-
-
-class Service(NamedTuple):
-    process_id: int
-    http_port: int
-    grpc_port: int
-    token: str
-
-    def cpu_s(self) -> float:
-        """Processor time that it has taken so far, in seconds."""
-        fields = Path(f"/proc/{self.process_id}/stat").read_text().rsplit(")", 1)[1].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-@contextmanager
-def service(data_dir: Path) -> Iterator[Service]:
-    """`matcher serve` on free ports."""
-    environment = {
-        **os.environ,
-        "MATCHER_STORAGE__DATA_DIR": str(data_dir),
-        "MATCHER_SERVER__HTTP_PORT": "0",
-        "MATCHER_SERVER__GRPC_PORT": "0",
-        "PYTHONUNBUFFERED": "1",
-    }
-    command = [sys.executable, "-m", "matcher_service", "serve"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stdout is not None
-        ports = []
-        try:
-            for line in process.stdout:
-                words = line.split()
-                if words[1:2] in (["HTTP"], ["gRPC"]):
-                    ports.append(int(words[2].rsplit(":", 1)[1]))
-                if "token" in words:
-                    yield Service(process.pid, ports[0], ports[1], Path(words[-1]).read_text().strip())
-                    break
-        finally:
-            process.terminate()
-
-
-def prepare(port: int, token: str, space: SpaceId) -> None:
-    """A space, a gallery and a deployment."""
-    now = time.time_ns() // 1_000_000
-    named = {"name": space.name, "version": space.version, "dimension": space.dimension}
-    bodies = {
-        "/v1/spaces": {"space": named, "centre": [0.0] * space.dimension},
-        "/v1/galleries": {
-            "gallery_id": "bench",
-            "kind": "custody",
-            "controller": "benchmark",
-            "lawful_basis": "synthetic data",
-            "purpose": "benchmark",
-            "retention_ms": 86_400_000,
-            "space": named,
-            "threshold": 0.4,
-        },
-        "/v1/deployments": {
-            "deployment_id": "bench",
-            "gallery_ids": ["bench"],
-            "opens_at_ms": now - 1000,
-            "closes_at_ms": now + 86_400_000,
-            "probe_age_ms_max": 60_000,
-            "authorised_by": "benchmark",
-            "reason": "benchmark",
-        },
-    }
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"Authorization": f"Bearer {token}"}) as api:
-        for path, body in bodies.items():
-            api.post(path, json=body).raise_for_status()
 
 
 async def latencies(
@@ -137,7 +63,7 @@ async def for_a_while(client: MatcherClient, space: SpaceId, probes: NDArray[np.
 
 async def measure(served: Service, references: int, dimension: int, progress: Progress) -> dict[str, float]:
     space = SpaceId("bench", 1, dimension)
-    prepare(served.http_port, served.token, space)
+    prepare(served, space, {"bench": 0.4})
     source = np.random.default_rng(7)
     probes = source.normal(size=(MESSAGE_PROBES, dimension)).astype(np.float32)
     # Drawn beforehand and repeated with a shift, so that drawing does not compete with the service for the cores.
