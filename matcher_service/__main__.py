@@ -12,6 +12,7 @@ import typer
 from matcher_service.commands import (
     authority,
     calibrate,
+    canary,
     edge,
     embed,
     evaluate,
@@ -37,6 +38,7 @@ app.command()(serving.settings)
 app.command()(edge.edge)
 app.command("import")(import_references.import_references)
 app.command()(calibrate.calibrate)
+app.command()(canary.canary)
 app.command()(evaluate.evaluate)
 app.command()(synthesise.synthesise)
 app.command()(inspection.inspect)

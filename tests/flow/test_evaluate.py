@@ -22,8 +22,10 @@ NAME = "dlib-resnet29/1/128"
 async def command(service: WholeService, *arguments: str) -> int:
     """A command line against the service, in a thread of its own as it runs an event loop of its own."""
     running = service.running
-    places = ["--http", f"http://127.0.0.1:{running.http_port}", "--token-file", str(running.token_file)]
-    if arguments[0] == "evaluate":
+    places = ["--token-file", str(running.token_file)]
+    if arguments[0] != "canary":
+        places += ["--http", f"http://127.0.0.1:{running.http_port}"]
+    if arguments[0] in ("evaluate", "canary"):
         places += ["--server", f"127.0.0.1:{running.grpc_port}"]
     return await asyncio.to_thread(run, [*arguments, *places])
 
