@@ -24,6 +24,8 @@ ENVIRONMENT = Path(os.environ.get("MATCHER_TRITON_ENVIRONMENT", ROOT / ".venv-tr
 SERVER_PACKAGE = "nvidia-pytriton==0.7.0"
 # For face_embedder; the weights are found in the environment of the tests and named by their folder.
 EMBEDDER_PACKAGES = ("dlib-bin==20.0.1.post1", "pillow>=11")
+# So that the laws which need no server can be tried with that environment's numpy as well.
+TEST_PACKAGES = ("hypothesis", "pytest", "pytest-asyncio", "pytest-timeout")
 GLIBC_LEAST = (2, 35)
 
 
@@ -96,6 +98,7 @@ def _stamp() -> str:
         str(ROOT),
         SERVER_PACKAGE,
         *EMBEDDER_PACKAGES,
+        *TEST_PACKAGES,
         _requirements_file().read_text(),
         Path(__file__).read_text(),
     )
@@ -108,7 +111,7 @@ def _build() -> None:
     _run(sys.executable, "-m", "venv", "--clear", "--upgrade-deps", str(ENVIRONMENT))
     pip = (str(ENVIRONMENT / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
     # The constraints of the tests pin numpy 2, so they cannot hold here; the requirements bound the versions.
-    _run(*pip, "-r", str(_requirements_file()), *EMBEDDER_PACKAGES)
+    _run(*pip, "-r", str(_requirements_file()), *EMBEDDER_PACKAGES, *TEST_PACKAGES)
     # Its own dependencies bring web frameworks and a client that nothing here uses.
     _run(*pip, "--no-deps", SERVER_PACKAGE)
     _run(*pip, "--no-deps", "--editable", str(ROOT))
