@@ -35,6 +35,9 @@ def calibrate(
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure and show; store nothing.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write every number to this JSON file.")] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="An earlier --out file: say whether the scores are still of that kind.")
+    ] = None,
     http: Http = HTTP_URL,
     token_file: TokenFile = None,
     ca_file: CaFile = None,
@@ -43,7 +46,9 @@ def calibrate(
     """Measure how alike different people are in a template space, and store the table of false-match rates.
 
     The table is registered with the space through the service, so it goes into the log and the audit chain. Group
-    labels are used here and stored nowhere. Synthetic rows are refused: they say nothing about people.
+    labels are used here and stored nowhere. Synthetic rows are refused: they say nothing about people. With --against
+    the impostor scores are tested for drift (another camera, model build or population); the exit code is then 1, and
+    the table is stored all the same unless --dry-run.
     """
     import numpy as np
     from rich.console import Console
@@ -55,6 +60,7 @@ def calibrate(
     from matcher_service.commands.output import print_json
     from matcher_service.errors import InvalidInput
     from matcher_service.evaluation.calibration import calibrate as measured
+    from matcher_service.evaluation.calibration import drift_from
     from matcher_service.evaluation.labelled import load_labelled
     from matcher_service.terms import TemplateSpace
 
@@ -93,6 +99,8 @@ def calibrate(
             )
             progress.update(bar, completed=len(units) * (len(units) - 1) // 2)
         document = result.document() | {"space": wanted._asdict(), "registered_at_sequence": None}
+        moved = None if against is None else drift_from(_earlier(against), document)
+        document["drift"] = moved and moved._asdict()
         if not dry_run:
             calibrated = dataclasses.replace(registered, score_table=result.table)
             document["registered_at_sequence"] = api.post(path_of("spaces"), records.space_dict(calibrated))["sequence"]
@@ -102,6 +110,18 @@ def calibrate(
         print_json(document)
     else:
         _show(result, document, Console(width=None if sys.stdout.isatty() else 120))
+
+    raise typer.Exit(1 if moved is not None and moved.is_drift else 0)
+
+
+def _earlier(path: Path) -> dict[str, Any]:
+    from matcher_service.errors import InvalidInput
+
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"cannot read {path}: {error}", field="against", hint="check the path") from error
+    return found if isinstance(found, dict) else {}
 
 
 def _show(result: Calibration, document: dict[str, Any], console: Console) -> None:
@@ -150,6 +170,15 @@ def _show(result: Calibration, document: dict[str, Any], console: Console) -> No
             f"{group['over_all']:.2g} do.",
             highlight=False,
             markup=False,
+        )
+    if document["drift"]:
+        moved = document["drift"]
+        told = "HAVE CHANGED" if moved["is_drift"] else "have not changed, as far as this set can tell"
+        console.print(
+            f"Against the earlier calibration, impostor scores {told} (distance of the distributions "
+            f"{moved['distance']:.3f}, p = {moved['p_value']:.2g})."
+            + ("" if moved["is_measured"] else " There are too few comparisons to tell."),
+            highlight=False,
         )
     sequence = document["registered_at_sequence"]
     console.print("Nothing was stored." if sequence is None else f"The table is stored (sequence {sequence}).")

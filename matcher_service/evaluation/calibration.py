@@ -10,14 +10,16 @@ import numpy as np
 
 from matcher_service.errors import InvalidInput
 from matcher_service.evaluation.comparisons import Comparisons, at_or_above, compare_all, edges
-from matcher_service.evaluation.impostor_tail import ImpostorTail, fit_tail, score_table
+from matcher_service.evaluation.drift import Drift, drift
+from matcher_service.evaluation.impostor_tail import ImpostorTail, effective_comparisons, fit_tail, score_table
 from matcher_service.evaluation.intervals import Rate, clopper_pearson, dyadic_variance, few_clusters
 from matcher_service.evaluation.labelled import LabelledSet
 from matcher_service.evaluation.thresholds import Promise, false_non_match_rate, promise, threshold_for
-from matcher_service.terms import Float32, ScoreTable
+from matcher_service.terms import Float32, Int64, ScoreTable
 
 # Groups are compared at the score that this share of all pairs of different people reaches.
 GROUPS_AT_RATE = 1e-3
+COARSE_BINS = 200
 _QUANTILES = (0.5, 0.9, 0.99, 0.999, 0.9999)
 
 
@@ -66,6 +68,9 @@ class Calibration:
             "subjects": tail.subjects,
             "impostor_comparisons": tail.comparisons,
             "effective_comparisons": tail.effective_comparisons,
+            "effective_comparisons_at_median": effective_comparisons(
+                self.comparisons, tail.comparisons, _quantile(self.comparisons, 0.5), tail.confidence
+            ),
             "highest_impostor_score": tail.highest,
             "supported_score": tail.supported_score,
             "supported_rate": tail.supported_rate,
@@ -85,6 +90,7 @@ class Calibration:
             if len(genuine)
             else {},
             "genuine_comparisons": len(genuine),
+            "impostor_histogram": coarse(self.comparisons.histogram).tolist(),
             "table": {
                 "scores": list(table.scores),
                 "rates": list(table.rates),
@@ -118,6 +124,30 @@ def calibrate(
     table = score_table(tail, source)
     choices = tuple(_chosen(table, fpir_wanted, size, comparisons, confidence) for size in sizes)
     return Calibration(comparisons, tail, table, fpir_wanted, choices, _by_group(comparisons, confidence))
+
+
+def coarse(histogram: Int64) -> Int64:
+    """Counts in COARSE_BINS equal bins over [-1, 1]."""
+    return np.asarray(histogram.reshape(COARSE_BINS, -1).sum(axis=1))
+
+
+def drift_from(earlier: dict[str, Any], later: dict[str, Any]) -> Drift:
+    """Whether the impostor scores of two calibrations, as documents, are those of one population and model.
+
+    Comparisons count for what those of the earlier set were worth in the middle of the distribution, in proportion to
+    the subjects: that is what they are worth if nothing has changed. Raises InvalidInput if `earlier` is none.
+    """
+    try:
+        before = np.asarray(earlier["impostor_histogram"], dtype=np.float64)
+        worth = float(earlier["effective_comparisons_at_median"])
+        subjects = float(earlier["subjects"])
+        before *= worth / before.sum()
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidInput(
+            f"no calibration: {error!r}", field="against", hint="give a file that `matcher calibrate --out` wrote"
+        ) from error
+    now = np.asarray(later["impostor_histogram"], dtype=np.float64)
+    return drift(before, now, scores_per_independent=max(1.0, now.sum() * subjects / (worth * later["subjects"])))
 
 
 def _chosen(table: ScoreTable, fpir_wanted: float, size: int, comparisons: Comparisons, confidence: float) -> Choice:

@@ -89,7 +89,7 @@ def fit_tail(comparisons: Comparisons, confidence: float = 0.95) -> ImpostorTail
     counted = _counted(comparisons, total, confidence, accepted.threshold if accepted else None)
     if accepted is None:
         scores, estimates, low, high = counted
-        effective = _effective_comparisons(comparisons, total, float(scores[-1]), confidence)
+        effective = effective_comparisons(comparisons, total, float(scores[-1]), confidence)
     else:
         effective = total / accepted.design_effect * few_clusters(len(comparisons.cluster_label), confidence)
         observed = comparisons.tail.scores[: accepted.excesses] - accepted.threshold
@@ -195,7 +195,8 @@ def _effective(shares: Float64, variance: Float64, total: int, clusters: int, co
     return np.asarray(np.clip(np.nan_to_num(found, nan=float(total), posinf=float(total)), 1.0, float(total)))
 
 
-def _effective_comparisons(comparisons: Comparisons, total: int, score: float, confidence: float) -> float:
+def effective_comparisons(comparisons: Comparisons, total: int, score: float, confidence: float) -> float:
+    """How many independent comparisons would leave the rate at `score` as uncertain as these `total` do."""
     at = np.searchsorted(edges(), [score - 1e-9])
     cells = _reached_by_pair(comparisons.counts, at)
     pairs = comparisons.counts.sum(axis=-1).astype(np.float64)

@@ -74,6 +74,33 @@ async def test_a_calibration_is_stored_with_its_space_in_the_log_and_the_audit_c
         capsys.readouterr()
 
 
+async def test_a_calibration_tells_a_change_of_scores_from_none(
+    tmp_path: Path, files: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Shots 6 to 10 are of the same people and model as 1 to 5; templates that lean together are of a worn camera."""
+    with np.load(files["probes"]) as searched:
+        worn = tmp_path / "worn.npz"
+        common = searched["templates"].mean(axis=0)
+        np.savez(
+            worn,
+            templates=searched["templates"] + 0.6 * searched["templates"][0] - 0.6 * common,
+            subject=searched["subject"],
+        )
+    first, told = tmp_path / "first.json", tmp_path / "told.json"
+    async with whole_service(tmp_path / "data") as service:
+        common_options = ["--source", "ORL", "--out"]
+        assert (
+            await command(service, "calibrate", NAME, str(files["enrolled"]), "--new", *common_options, str(first)) == 0
+        )
+        again = ["--dry-run", *common_options, str(told), "--against", str(first)]
+        assert await command(service, "calibrate", NAME, str(files["probes"]), *again) == 0
+        assert json.loads(told.read_text())["drift"]["is_measured"]
+        assert await command(service, "calibrate", NAME, str(worn), *again) == 1
+        assert json.loads(told.read_text())["drift"]["is_drift"]
+        assert await command(service, "calibrate", NAME, str(worn), *again[:-1], str(worn)) == 1
+    assert "against" in capsys.readouterr().err
+
+
 async def test_synthetic_templates_calibrate_nothing(
     tmp_path: Path, files: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
