@@ -30,10 +30,12 @@ DEADLINE_MS = 30_000
 
 
 class Driven(NamedTuple):
-    """What came back in `seconds` after the warm-up: `replies` as bytes, and the share of a core that the client
+    """What came back in `seconds` after the warm-up: `replies` as bytes, `questions` the position of each one's
+    message among those given (-1 on a stream: there its message_id tells), and the share of a core that the client
     took (near 1: the client was the limit)."""
 
     replies: list[bytes]
+    questions: list[int]
     seconds: float
     client_busy: float
 
@@ -43,7 +45,12 @@ def probe_ids(count: int) -> list[str]:
 
 
 def protobuf_request(
-    space: SpaceId, templates: NDArray[Any], *, gallery_ids: Sequence[str] = (), deadline_ms: int = DEADLINE_MS
+    space: SpaceId,
+    templates: NDArray[Any],
+    *,
+    gallery_ids: Sequence[str] = (),
+    deadline_ms: int = DEADLINE_MS,
+    message_id: str = "",
 ) -> bytes:
     """One message of probes captured now, templates float16 or float32 [n, d] as they are."""
     half = templates.dtype == np.float16
@@ -57,6 +64,7 @@ def protobuf_request(
         gallery_ids=gallery_ids,
         rank_max=1,
         deadline_ms=deadline_ms,
+        message_id=message_id,
     ).SerializeToString()
 
 
@@ -111,23 +119,25 @@ class _Counting:
         self._seconds = seconds
         self._cpu_at: list[float] = []
         self.replies: list[bytes] = []
+        self.questions: list[int] = []
 
     def over(self) -> bool:
         return time.monotonic() >= self._ends
 
-    def took(self, reply: bytes) -> None:
+    def took(self, reply: bytes, question: int = -1) -> None:
         now = time.monotonic()
         if now >= self._begins:
             if not self._cpu_at:
                 self._cpu_at.append(time.process_time())
             if now < self._ends:
                 self.replies.append(reply)
+                self.questions.append(question)
             elif len(self._cpu_at) == 1:
                 self._cpu_at.append(time.process_time())
 
     def driven(self) -> Driven:
         busy = (self._cpu_at[-1] - self._cpu_at[0]) / self._seconds if self._cpu_at else 0.0
-        return Driven(self.replies, self._seconds, busy)
+        return Driven(self.replies, self.questions, self._seconds, busy)
 
 
 async def over_grpc_streams(
@@ -136,12 +146,12 @@ async def over_grpc_streams(
     """`streams` streams of one connection, each with at most `window` unanswered messages."""
     counting = _Counting(warm_up_s, seconds)
 
-    async def converse(method: Any, sent: Iterable[bytes]) -> None:
+    async def converse(method: Any, sent: Iterable[tuple[int, bytes]]) -> None:
         call = method(metadata=bearer(token))
         room = asyncio.Semaphore(window)
 
         async def write() -> None:
-            for body in sent:
+            for _, body in sent:
                 await room.acquire()
                 if counting.over():
                     break
@@ -171,11 +181,11 @@ async def over_grpc_calls(
     """`callers` unary calls at a time on one connection."""
     counting = _Counting(warm_up_s, seconds)
 
-    async def ask(method: Any, sent: Iterable[bytes]) -> None:
-        for body in sent:
+    async def ask(method: Any, sent: Iterable[tuple[int, bytes]]) -> None:
+        for question, body in sent:
             if counting.over():
                 break
-            counting.took(await method(body, metadata=bearer(token), timeout=DEADLINE_MS / 1000))
+            counting.took(await method(body, metadata=bearer(token), timeout=DEADLINE_MS / 1000), question)
 
     async with clear_channel(address) as channel:
         method = channel.unary_unary(UNARY_METHOD)
@@ -204,10 +214,10 @@ async def over_http(
     requests = [f"{head}content-length: {len(body)}\r\n\r\n".encode() + body for body in bodies]
     counting = _Counting(warm_up_s, seconds)
 
-    async def ask(sent: Iterable[bytes]) -> None:
+    async def ask(sent: Iterable[tuple[int, bytes]]) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         try:
-            for request in sent:
+            for question, request in sent:
                 if counting.over():
                     break
                 writer.write(request)
@@ -216,7 +226,7 @@ async def over_http(
                 body = await reader.readexactly(int(answer.split(b"content-length:", 1)[1].split(b"\r\n", 1)[0]))
                 if not answer.startswith(b"http/1.1 200"):
                     raise RuntimeError(f"{path} answered {answer[:12].decode()}: {body[:300].decode(errors='replace')}")
-                counting.took(body)
+                counting.took(body, question)
         finally:
             writer.close()
             await writer.wait_closed()
@@ -227,10 +237,11 @@ async def over_http(
     return counting.driven()
 
 
-def _from(bodies: Sequence[bytes], number: int) -> Iterable[bytes]:
-    """The bodies round and round, each caller beginning elsewhere."""
+def _from(bodies: Sequence[bytes], number: int) -> Iterable[tuple[int, bytes]]:
+    """The bodies with their positions, round and round, each caller beginning elsewhere."""
     first = number % len(bodies)
-    return itertools.cycle([*bodies[first:], *bodies[:first]])
+    numbered = list(enumerate(bodies))
+    return itertools.cycle([*numbered[first:], *numbered[:first]])
 
 
 def protobuf_outcomes(reply: bytes) -> list[pb.Outcome.ValueType]:

@@ -1,7 +1,7 @@
 """What each station of the read flow costs per probe, called one by one in process on the values it really gets.
 
-Every figure is the processor time of the shortest of several rounds, in microseconds per probe. `merge` joins the results of shards; the
-embedded form has one shard and does not call it, so it is no part of the sum there.
+Every figure is the processor time of the shortest of several rounds, in microseconds per probe. `merge` joins the
+results of shards; the embedded form has one shard and does not call it, so it is no part of the sum there.
 """
 
 from __future__ import annotations
