@@ -19,8 +19,7 @@ from matcher_service import __main__ as program
 from matcher_service.errors import ModelsUnavailable, Overloaded, StartRefused
 from matcher_service.models.embedder.card import parse_card, read_card
 from matcher_service.models.embedder.embed import FaceEmbedder, open_embedder
-from matcher_service.models.embedder.outcome import Embedding, Form, Judgement
-from matcher_service.models.embedder.picture import Pixels
+from matcher_service.models.embedder.outcome import Embedding, Form, Judgement, Pixels
 from matcher_service.models.embedder.quality import CHIP_PX, sharpness
 from matcher_service.models.embedder.worker import PICTURES_WAITING_MAX, WorkerEmbedder
 from matcher_service.models.triton import TritonEmbedder

@@ -23,10 +23,11 @@ async def local(request: pytest.FixtureRequest) -> AsyncIterator[Models]:
 
 @asynccontextmanager
 async def on_triton(request: pytest.FixtureRequest) -> AsyncIterator[Models]:
+    served = request.getfixturevalue("served_models")
+    # Imported only where there is a server: the default tests run without the client.
     from matcher_service.models.triton import TritonModels
     from matcher_service.triton_endpoints import TritonAddress, TritonEndpoints
 
-    served = request.getfixturevalue("served_models")
     endpoints = TritonEndpoints(TritonAddress((served.grpc_endpoint,), call_s_max=20.0, attempt_s_max=20.0))
     try:
         yield await TritonModels.open(endpoints)

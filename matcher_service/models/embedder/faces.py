@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import dlib
 import numpy as np
 
-from matcher_service.models.embedder.picture import Pixels
+from matcher_service.models.embedder.outcome import Pixels
 
 # The detector's own window is 80 pixels wide. A small picture is doubled first, so that faces from 40 pixels are
 # found; a large one is made smaller, because its time grows with the area.

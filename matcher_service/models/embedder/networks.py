@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from matcher_service.errors import StartRefused
 from matcher_service.models.embedder.card import ModelCard, Network
-from matcher_service.models.embedder.picture import Pixels
+from matcher_service.models.embedder.outcome import Pixels
 from matcher_service.terms import Float32
 
 # Chip uint8 [size, size, 3] to raw template float32 [dimension].

@@ -7,8 +7,14 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from matcher_service.models.embedder.card import ModelCard
 from matcher_service.terms import Float32
+
+# A picture or part of one: [height, width, 3], red first.
+Pixels = NDArray[np.uint8]
 
 
 class Form(StrEnum):

@@ -6,12 +6,10 @@ import io
 import warnings
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from matcher_service.errors import InvalidInput
-
-Pixels = NDArray[np.uint8]
+from matcher_service.models.embedder.outcome import Pixels
 
 FORMATS = ("JPEG", "PNG")
 PIXELS_MAX = 50_000_000

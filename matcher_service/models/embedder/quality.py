@@ -14,7 +14,7 @@ import numpy as np
 from scipy.ndimage import uniform_filter1d
 
 from matcher_service.models.embedder.card import ModelCard
-from matcher_service.models.embedder.picture import Pixels
+from matcher_service.models.embedder.outcome import Pixels
 from matcher_service.terms import Float64
 
 # The face is looked at as the middle of a chip of this size and padding: eyes to mouth, without hair and background.
