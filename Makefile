@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 CORES := $(shell nproc 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cluster test-long lint bench bench-search wire clean
+.PHONY: help demo test test-cluster test-long test-ops ops-files lint bench bench-search wire clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -23,6 +23,11 @@ $(VENV)/.core: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/.dev: $(VENV)/.core
 	@echo "Installing the test tools into $(VENV)"
 	@$(PIP) -e '.[cpu,dev]'
+	@touch $@
+
+$(VENV)/.ops: $(VENV)/.dev
+	@echo "Installing the validators of manifests, queries and images into $(VENV)"
+	@$(PIP) -e '.[cpu,dev,ops]'
 	@touch $@
 
 $(VENV)/.cluster: $(VENV)/.dev
@@ -46,10 +51,16 @@ test: $(VENV)/.dev  ## lint, types and the default tests
 	@$(BIN)/python -m pytest -m 'not slow and not cluster'
 
 test-cluster: $(VENV)/.cluster  ## the tests on a real Triton server, which is set up in .venv-triton
-	@$(BIN)/python -m pytest -m cluster
+	@$(BIN)/python -m pytest -m cluster tests/contract tests/cluster
 
 test-long: $(VENV)/.dev  ## the long forms: crash loops, state machines
 	@$(BIN)/python -m pytest -m slow
+
+test-ops: $(VENV)/.ops  ## rules, dashboards, manifests, image; needs prometheus and kubectl, skips what is missing
+	@$(BIN)/python -m pytest tests/ops
+
+ops-files: $(VENV)/.dev  ## regenerate docs/METRICS.md and the PrometheusRule
+	@$(BIN)/python -m ops.generate
 
 lint: $(VENV)/.dev  ## ruff, mypy, import contracts
 	@$(BIN)/ruff check .
