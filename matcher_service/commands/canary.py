@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from matcher_service.commands.options import GRPC_ADDRESS, CaFile, Server, TokenFile, client_to, space_from
+from matcher_service.commands.options import GRPC_ADDRESS, AsJson, CaFile, Server, TokenFile, client_to, space_from
+from matcher_service.commands.output import print_json
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -35,19 +36,20 @@ def canary(
     server: Server = GRPC_ADDRESS,
     token_file: TokenFile = None,
     ca_file: CaFile = None,
+    as_json: AsJson = False,
 ) -> None:
     """Send canary probes, and count what is found, missed, falsely alerted on or not answered.
 
     Their probe ids begin with "canary-": alerts with such an id are no sightings and are not adjudicated. The mates
     must be enrolled in a gallery of the deployment, best in one of their own. Prints a line for each round that is not
-    well, and for the first. The exit code is 1 if any round was not well.
+    well, and for the first; with --json for every round. The exit code is 1 if any round was not well.
     """
     from prometheus_client import CollectorRegistry, start_http_server
 
     from matcher_service.evaluation.labelled import load_labelled
 
     found, registry = load_labelled(file), CollectorRegistry()
-    watch = _Watch(found, space_from(space), deployment, registry)
+    watch = _Watch(found, space_from(space), deployment, registry, as_json)
     served = start_http_server(metrics_port, "127.0.0.1", registry)[0] if metrics_port else None
     try:
         asyncio.run(watch.run(client_to(server, token_file, ca_file, deadline_s=DEADLINE_S), every_s, rounds))
@@ -61,7 +63,9 @@ def canary(
 class _Watch:
     """The rounds, and the metrics of them."""
 
-    def __init__(self, found: LabelledSet, space: SpaceId, deployment: str, registry: CollectorRegistry) -> None:
+    def __init__(
+        self, found: LabelledSet, space: SpaceId, deployment: str, registry: CollectorRegistry, as_json: bool
+    ) -> None:
         from prometheus_client import Counter, Gauge, Histogram
 
         from matcher_service.evaluation.canaries import PREFIX, Seen
@@ -70,6 +74,7 @@ class _Watch:
         self._found, self._space, self._deployment = found, space, deployment
         self._ids = [f"{PREFIX}{row:06d}" for row in range(len(found))]
         self._first: Round | None = None
+        self._as_json = as_json
         self.all_well = True
         self._seen = Counter(
             "matcher_canary_answers_total", "Canaries by what became of them.", ["seen"], registry=registry
@@ -113,7 +118,9 @@ class _Watch:
         if result.is_well:
             self._well.set(time.time())
         self.all_well &= result.is_well
-        if self._first is None or not result.is_well:
+        if self._as_json:
+            print_json({**tally, "well": result.is_well, "score_change": result.score_change})
+        elif self._first is None or not result.is_well:
             told = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in sorted(tally.items()))
             typer.echo(f"{'well' if result.is_well else 'NOT WELL'}: {told}; score change {result.score_change:.2g}")
         self._first = self._first or result

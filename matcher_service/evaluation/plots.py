@@ -128,22 +128,15 @@ def _errors(evaluation: Evaluation, axes: Any) -> None:
     ):
         _band(axes, evaluation.scores, curve, colour, label, least=_least(evaluation))
     axes.axvline(evaluation.plan.threshold, color=_INK, lw=1)
-    axes.annotate(
+    _note(
+        axes,
         f" threshold {evaluation.plan.threshold:.3f}",
-        (evaluation.plan.threshold, 1.0),
-        xycoords=("data", "axes fraction"),
-        va="top",
-        fontsize=8.5,
+        (evaluation.plan.threshold, 0.96),
+        ("data", "axes fraction"),
     )
     axes.axhline(evaluation.plan.fpir_wanted, color=_FALSE, lw=1, ls=":")
-    axes.annotate(
-        "most false alerts asked for",
-        (0.005, evaluation.plan.fpir_wanted),
-        xycoords=("axes fraction", "data"),
-        va="bottom",
-        fontsize=8,
-        color=_FALSE,
-    )
+    wanted = (0.005, evaluation.plan.fpir_wanted * 1.03)
+    _note(axes, "most false alerts asked for", wanted, ("axes fraction", "data"), color=_FALSE)
     _rate_axis(axes, "y", _least(evaluation))
     axes.set_xlabel("score at which the threshold is set")
     axes.set_ylabel("share of searches")
@@ -181,8 +174,8 @@ def _det(evaluation: Evaluation, axes: Any) -> None:
     )
     _rate_axis(axes, "x", least)
     _rate_axis(axes, "y", least)
-    axes.annotate("none missed", (0.7, least * 1.03), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
-    axes.annotate("no false alert", (least * 1.05, 0.55), xycoords=("data", "axes fraction"), rotation=90, fontsize=8)
+    _note(axes, "none missed", (0.7, least * 1.03), ("axes fraction", "data"))
+    _note(axes, "no false alert", (least * 1.05, 0.55), ("data", "axes fraction"), rotation=90)
     axes.set_xlabel("false alerts: share of searches for people not in the gallery (FPIR)")
     axes.set_ylabel("missed: share of searches for people in it (FNIR)")
     axes.legend(loc="upper right")
@@ -299,6 +292,12 @@ def _band(axes: Any, points: Float64, curve: RateCurve, colour: str, label: str,
     # A rate of which no event was seen has no place on a logarithmic axis; its limit is the band.
     seen = curve.estimates > 0
     axes.plot(points[seen], curve.estimates[seen], color=colour, lw=1.6, label=label)
+
+
+def _note(axes: Any, text: str, at: tuple[float, float], coordinates: tuple[str, str], **more: Any) -> None:
+    """A few words in the plot; left out where they would lie outside it."""
+    noted = axes.annotate(text, at, xycoords=coordinates, va="bottom", fontsize=8, annotation_clip=True, **more)
+    noted.set_in_layout(False)
 
 
 def _least(evaluation: Evaluation) -> float:
