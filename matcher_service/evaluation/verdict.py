@@ -49,7 +49,8 @@ def judge(evaluation: Evaluation) -> Verdict:
     )
     answers = [one.answer for one in questions]
     threshold = f"Threshold {evaluation.plan.threshold:.3f}"
-    size = f"a gallery of {evaluation.searches.enrolled:,} people"
+    real = evaluation.searches.enrolled - evaluation.searches.enrolled_synthetic
+    size = f"a gallery of {real:,} {'real ' if evaluation.has_synthetic else ''}people"
     if Answer.NO in answers:
         wrong = next(one for one in questions if one.answer is Answer.NO)
         return Verdict(
@@ -63,7 +64,11 @@ def judge(evaluation: Evaluation) -> Verdict:
         return Verdict(
             Answer.NOT_SHOWN,
             f"{threshold} is NOT YET defensible for {size}: this test does not show it.",
-            "Nothing seen here speaks against the threshold, but "
+            (
+                "With the made-up people it alerts too often; among real ones nothing speaks against it, but "
+                if _fails_with_synthetic(evaluation)
+                else "Nothing seen here speaks against the threshold, but "
+            )
             + (
                 f"{len(open_questions)} of {len(questions)} questions stay"
                 if len(open_questions) > 1
@@ -219,11 +224,16 @@ def _real_people(evaluation: Evaluation) -> Question:
         "Was it tested on real people alone?",
         Answer.NOT_SHOWN,
         f"{searches.enrolled_synthetic:,} of the {searches.enrolled:,} people in the gallery are made up by a program. "
-        "The answers above are those among real people; false alerts on made-up ones "
-        f"({evaluation.fpir.events:,} of {evaluation.fpir.trials:,} searches with both) are evidence about the program "
-        "that made them.",
+        "The answers above are those among real people. With both, "
+        f"{evaluation.fpir.events:,} of {evaluation.fpir.trials:,} searches gave a false alert"
+        + (", which is more than was asked" if _fails_with_synthetic(evaluation) else "")
+        + ": evidence about the program, and a hint of what a gallery of this size would do.",
         "Test against a gallery of real people of this size.",
     )
+
+
+def _fails_with_synthetic(evaluation: Evaluation) -> bool:
+    return evaluation.has_synthetic and evaluation.fpir.low > evaluation.plan.fpir_wanted
 
 
 def _between(rate: Rate) -> str:

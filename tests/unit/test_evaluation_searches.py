@@ -232,6 +232,12 @@ def test_made_up_references_never_count_as_people():
     verdict = judge(result)
     assert verdict.answer is Answer.NOT_SHOWN
     assert any("made up" in one.evidence for one in verdict.questions)
+    assert "500 real people" in verdict.headline
+    # A filler that makes it alert too often is a warning, whatever the real ones say.
+    few_real = replace(mixed, other_synthetic=rng.random(len(found.other_scores)) < 0.98, enrolled_synthetic=980)
+    warned = judge(evaluate(few_real, plan(0.42, 0.05)))
+    assert warned.answer is Answer.NOT_SHOWN
+    assert "alerts too often" in warned.meaning
 
 
 @pytest.mark.parametrize(
