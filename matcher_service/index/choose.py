@@ -137,5 +137,6 @@ class Costs:
         return float(2 / BINS * np.count_nonzero(above >= count) - 1)
 
     def most_taken(self, batch: int) -> float:
-        """The share of the rows from which on re-scoring them costs more than a full scan."""
-        return min(_TAKEN_MAX, self.whole(batch) / self._rescore)
+        """The share of a part's rows from which on a probe is better scanned in full. Thrice that at which the
+        costs are equal: the parts with the lowest cut-offs take far more than the average one."""
+        return min(_TAKEN_MAX, 3 * self.whole(batch) / self._rescore)
