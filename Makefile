@@ -40,6 +40,11 @@ $(VENV)/.bench: $(VENV)/.core
 	@$(PIP) -e '.[cpu,bench]'
 	@touch $@
 
+$(VENV)/.comparison: $(VENV)/.bench
+	@echo "Installing LanceDB into $(VENV); without it the comparison goes on and says so"
+	@$(PIP) lancedb || true
+	@touch $@
+
 demo: $(VENV)/.core  ## the main job on real templates, start to finish
 	@$(BIN)/matcher demo
 
@@ -68,10 +73,20 @@ lint: $(VENV)/.dev  ## ruff, mypy, import contracts
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-bench: bench-search  ## the benchmark tables
+bench: bench-search bench-gateway bench-load bench-comparison  ## the benchmark tables
 
 bench-search: $(VENV)/.bench  ## exact search beside its rivals
 	@$(BIN)/python -m benchmarks.search
+
+bench-gateway: $(VENV)/.bench  ## what the path from socket to decision costs, station by station
+	@$(BIN)/python -m benchmarks.gateway
+
+bench-load: $(VENV)/.bench  ## latency against load, then edge nodes and clerks on a match day
+	@$(BIN)/python -m benchmarks.open_loop --png docs/latency-against-rate.png
+	@$(BIN)/locust -f benchmarks/locustfile.py --headless --only-summary --shape match-day
+
+bench-comparison: $(VENV)/.comparison  ## this service beside what one would use instead
+	@$(BIN)/python -m benchmarks.comparison
 
 wire: $(VENV)/.dev  ## regenerate the code of matcher_service/wire/matcher.proto
 	@$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. --mypy_out=. \

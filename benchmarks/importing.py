@@ -29,7 +29,6 @@ from matcher_service.terms import SpaceId
 MESSAGE_REFERENCES = 4000
 MESSAGE_PROBES = 4
 PROBE_EVERY_S = 0.05
-SETTLED_S = 5.0
 
 
 async def latencies(
@@ -55,13 +54,17 @@ async def latencies(
     return found
 
 
-async def for_a_while(client: MatcherClient, space: SpaceId, probes: NDArray[np.float32]) -> list[float]:
+async def for_a_while(
+    client: MatcherClient, space: SpaceId, probes: NDArray[np.float32], seconds: float
+) -> list[float]:
     over = asyncio.Event()
-    asyncio.get_running_loop().call_later(SETTLED_S, over.set)
+    asyncio.get_running_loop().call_later(seconds, over.set)
     return await latencies(client, space, probes, over)
 
 
-async def measure(served: Service, references: int, dimension: int, progress: Progress) -> dict[str, float]:
+async def measure(
+    served: Service, references: int, dimension: int, settled_s: float, progress: Progress
+) -> dict[str, float]:
     space = SpaceId("bench", 1, dimension)
     prepare(served, space, {"bench": 0.4})
     source = np.random.default_rng(7)
@@ -83,7 +86,7 @@ async def measure(served: Service, references: int, dimension: int, progress: Pr
         MatcherClient(f"127.0.0.1:{served.grpc_port}", served.token) as importing,
         MatcherClient(f"127.0.0.1:{served.grpc_port}", served.token) as probing,
     ):
-        before = await for_a_while(probing, space, probes)
+        before = await for_a_while(probing, space, probes, settled_s)
         over = asyncio.Event()
         watched = asyncio.create_task(latencies(probing, space, probes, over))
         cpu_before = served.cpu_s()
@@ -109,7 +112,7 @@ async def measure(served: Service, references: int, dimension: int, progress: Pr
         cpu_s = served.cpu_s() - cpu_before
         over.set()
         during = await watched
-        after = await for_a_while(probing, space, probes)
+        after = await for_a_while(probing, space, probes, settled_s)
     result: dict[str, float] = {
         "references": references,
         "dimension": dimension,
@@ -128,6 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--references", type=int, default=200_000)
     parser.add_argument("--dimension", type=int, default=512)
+    parser.add_argument("--settled-s", type=float, default=5.0, help="seconds of searches before and after the import")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     options = parser.parse_args()
     console = Console(stderr=True)
@@ -136,7 +140,7 @@ def main() -> None:
         Progress(console=console) as progress,
         service(Path(folder)) as served,
     ):
-        result = asyncio.run(measure(served, options.references, options.dimension, progress))
+        result = asyncio.run(measure(served, options.references, options.dimension, options.settled_s, progress))
     if options.json:
         print(json.dumps(result))
         return
