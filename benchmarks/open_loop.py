@@ -53,7 +53,8 @@ class Row(NamedTuple):
     `goodput`: probes answered in full within the deadline while the load lasted, per second. `in_time`: the share of
     all probes that were answered in full within the deadline. `unsent`: messages whose deadline passed before the
     stream took them. `refused`: probes that came back without an answer. `service_p50_ms` counts from the actual
-    sending. `resident_mb`: growth of the service's memory, NaN if it is another's.
+    sending. `resident_mb`: growth of the service's memory, NaN if it is another's. `lag_max_ms`: the longest stall that
+    the generator saw in itself; a longer one among the answers is the service's.
     """
 
     what: str
@@ -72,6 +73,7 @@ class Row(NamedTuple):
     lag_p99_ms: float
     valid: bool
     resident_mb: float = float("nan")
+    lag_max_ms: float = float("nan")
 
     def kept_up(self, p99_ms_max: float) -> bool:
         return self.valid and self.in_time >= IN_TIME_MIN and self.p99_ms <= p99_ms_max
@@ -124,6 +126,7 @@ class Tally:
             lag,
             lag <= LAG_MS_MAX,
             resident_bytes / 2**20,
+            at(self.lag, 100),
         )
 
 
@@ -265,8 +268,9 @@ def markdown(rows: Sequence[Row], p99_ms_max: float) -> str:
     """The table, what it says of the knee, and the plot in text."""
     lines = [
         "| run | offered, probes/s | answered in time, probes/s | share in time | unsent messages | refused probes "
-        "| p50 ms | p90 ms | p99 ms | p99.9 ms | max ms | service p50 ms | generator lag p99 ms | valid | memory, MB |",
-        f"|---|{'--:|' * 12}---|--:|",
+        "| p50 ms | p90 ms | p99 ms | p99.9 ms | max ms | service p50 ms "
+        "| generator lag p99 ms | lag max ms | valid | memory, MB |",
+        f"|---|{'--:|' * 13}---|--:|",
     ]
     for row in rows:
         times = " | ".join(
@@ -279,6 +283,7 @@ def markdown(rows: Sequence[Row], p99_ms_max: float) -> str:
                 row.max_ms,
                 row.service_p50_ms,
                 row.lag_p99_ms,
+                row.lag_max_ms,
             )
         )
         memory = "" if row.resident_mb != row.resident_mb else f"{row.resident_mb:+.1f}"
