@@ -7,8 +7,9 @@ process every stream would stand still for as long.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -20,6 +21,7 @@ from matcher_service.models.embedder.outcome import Embedding, Form
 
 # Pictures admitted at once; at a tenth of a second each, more would only wait beyond any deadline.
 PICTURES_WAITING_MAX = 64
+ANSWER_S_MAX = 30.0
 
 
 class WorkerEmbedder:
@@ -56,21 +58,47 @@ class WorkerEmbedder:
                 hint="send fewer pictures at a time",
                 retry_after_ms=200 * max(1, self._waiting),
             )
-        self._waiting += len(pictures)
-        pool = self._pool
+        pool, loop, count = self._pool, asyncio.get_running_loop(), len(pictures)
         try:
-            return await asyncio.wrap_future(pool.submit(_embed_here, *self._opened_with, list(pictures), form))
+            computing = pool.submit(_embed_here, *self._opened_with, list(pictures), form)
         except BrokenProcessPool as error:
-            # One new process for however many callers saw the old one die.
-            if self._pool is pool:
-                self._pool = self._new_pool()
+            raise self._died(pool) from error
+        self._waiting += count
+        # Its place is free when the work is done, not when its caller has left: else callers who come and go would
+        # fill the pool's own queue without bound.
+        computing.add_done_callback(lambda _: self._call_in(loop, self._release, count))
+        answer = asyncio.wrap_future(computing)
+        answer.add_done_callback(_seen)
+        try:
+            async with asyncio.timeout(ANSWER_S_MAX):
+                return await asyncio.shield(answer)
+        except TimeoutError as error:
             raise ModelsUnavailable(
-                "the embedder's process died and is being started again",
-                hint="repeat the request; if it goes on, look into the log",
+                f"the embedder did not answer within {ANSWER_S_MAX:g} s",
+                hint="send fewer pictures at a time",
                 retry_after_ms=2000,
             ) from error
-        finally:
-            self._waiting -= len(pictures)
+        except BrokenProcessPool as error:
+            raise self._died(pool) from error
+
+    def _died(self, pool: ProcessPoolExecutor) -> ModelsUnavailable:
+        # One new process for however many callers saw the old one die.
+        if self._pool is pool:
+            self._pool = self._new_pool()
+        return ModelsUnavailable(
+            "the embedder's process died and is being started again",
+            hint="repeat the request; if it goes on, look into the log",
+            retry_after_ms=2000,
+        )
+
+    def _release(self, count: int) -> None:
+        self._waiting -= count
+
+    @staticmethod
+    def _call_in(loop: asyncio.AbstractEventLoop, function: Callable[[int], None], count: int) -> None:
+        # At the end of the process the loop may be gone before the pool.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(function, count)
 
     async def close(self) -> None:
         await asyncio.to_thread(self._pool.shutdown, wait=True, cancel_futures=True)
@@ -78,6 +106,12 @@ class WorkerEmbedder:
     def _new_pool(self) -> ProcessPoolExecutor:
         # Spawned, because a process with running threads and gRPC channels must not be forked.
         return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+
+
+def _seen(answer: asyncio.Future[list[Embedding]]) -> None:
+    """The failure of work whose caller has left is nobody's news."""
+    if not answer.cancelled():
+        answer.exception()
 
 
 _embedder: FaceEmbedder | None = None
