@@ -300,21 +300,40 @@ async def _edges(service: Service, tasks: _Tasks) -> AsyncIterator[tuple[int, in
             )
         )
         serving = tasks.start("http", http.serve(sockets=[listener]))
-        metrics_server = None
-        if server.metrics_port and not is_loopback(server.host):
-            metrics_server, _ = prometheus_client.start_http_server(
-                server.metrics_port, server.metrics_host, service.metrics.registry
-            )
         try:
-            yield listener.getsockname()[1], grpc_port
+            async with _metrics_edge(service):
+                yield listener.getsockname()[1], grpc_port
         finally:
-            if metrics_server is not None:
-                metrics_server.shutdown()
             tasks.let_end(serving)
             http.should_exit = True
             await serving
     finally:
         await grpc_server.stop(FAREWELL_S)
+
+
+@asynccontextmanager
+async def _metrics_edge(service: Service) -> AsyncIterator[None]:
+    """The metrics on a port of their own, where one is set and the other ports are open to more than loopback."""
+    server = service.settings.server
+    if not server.metrics_port or is_loopback(server.host):
+        yield
+        return
+    try:
+        listening, thread = prometheus_client.start_http_server(
+            server.metrics_port, server.metrics_host, service.metrics.registry
+        )
+    except OSError as error:
+        raise StartRefused(
+            f"cannot listen on {server.metrics_host}:{server.metrics_port}: {error.strerror}",
+            field="server.metrics_port",
+            hint="choose another port",
+        ) from error
+    try:
+        yield
+    finally:
+        await asyncio.to_thread(listening.shutdown)
+        listening.server_close()
+        thread.join()
 
 
 def _bound(host: str, port: int, field: str) -> socket.socket:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import httpx
 import jsonschema
 import kubernetes_validate
 import pytest
+import trustme
 
+from matcher_service import bootstrap
+from matcher_service.errors import StartRefused
 from matcher_service.settings import load
 from tests.ops.tools import OVERLAYS, ROOT, said, tool, yaml
 
@@ -124,6 +129,40 @@ def test_the_network_policy_lets_clients_reach_the_edges_prometheus_the_metrics_
 def test_the_rules_in_kubernetes_are_those_of_the_rule_file() -> None:
     held = yaml.safe_load((ROOT / "ops/prometheus/rules.yaml").read_text())
     assert one("PrometheusRule")["spec"] == held
+
+
+async def test_with_these_settings_health_is_open_over_tls_and_metrics_only_on_their_own_port(tmp_path: Path) -> None:
+    issued = trustme.CA().issue_cert("matcher.example")
+    issued.cert_chain_pems[0].write_to_path(tmp_path / "tls.crt")
+    issued.private_key_pem.write_to_path(tmp_path / "tls.key")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        metrics_port = free.getsockname()[1]
+    server = {
+        # Spelt like this it counts as beyond loopback, and the test still stays on it.
+        "host": "LOCALHOST",
+        "http_port": 0,
+        "grpc_port": 0,
+        "metrics_host": "127.0.0.1",
+        "metrics_port": metrics_port,
+        "tls_certificate_file": tmp_path / "tls.crt",
+        "tls_key_file": tmp_path / "tls.key",
+    }
+    storage = {"data_dir": tmp_path / "volume/data", "keys_dir": tmp_path / "keys-volume/keys"}
+    settings = load(ROOT / "k8s/base/matcher.toml", server=server, storage=storage)
+    async with bootstrap.running(settings) as service, httpx.AsyncClient(verify=False) as http:
+        edge = f"https://127.0.0.1:{service.http_port}"
+        for probe in ("startup", "readiness", "liveness"):
+            path = container()[f"{probe}Probe"]["httpGet"]["path"]
+            assert (await http.get(edge + path)).status_code == 200
+        (endpoint,) = one("PodMonitor")["spec"]["podMetricsEndpoints"]
+        assert (await http.get(edge + endpoint["path"])).status_code == 401
+        answered = await http.get(f"{endpoint['scheme']}://127.0.0.1:{metrics_port}{endpoint['path']}")
+        assert "matcher_ready 1.0" in answered.text
+        with pytest.raises(StartRefused, match="metrics_port"):
+            async with bootstrap.running(load(server=server, storage={"data_dir": tmp_path / "second"})):
+                pass
+    assert (storage["data_dir"] / "gallery.db").exists()
+    assert (storage["keys_dir"] / "master.key").exists()
 
 
 def test_the_settings_hold_no_secret_and_no_environment_is_needed() -> None:
