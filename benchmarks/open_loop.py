@@ -232,7 +232,17 @@ async def capacity(served: Service, address: str, bodies: Sequence[bytes], args:
 async def sweep(
     served: Service, address: str, bodies: Sequence[bytes], args: argparse.Namespace, notes: Console
 ) -> list[Row]:
-    """The rates in rising order, then half the knee and twice the knee."""
+    """The rates in rising order, then half the knee and twice the knee; an invalid run is tried again, and the last
+    try is reported."""
+
+    async def run(what: str, rate: float, seconds: float) -> Row:
+        for _ in range(args.tries):
+            row = await run_at(served, address, bodies, args, what, rate, seconds)
+            notes.print(line_of(row))
+            if row.valid:
+                break
+        return row
+
     rates = args.rates
     if not rates:
         full = await capacity(served, address, bodies, args)
@@ -240,12 +250,10 @@ async def sweep(
         rates = [round(full * fraction, -1) or 1.0 for fraction in _FRACTIONS]
     rows = []
     for rate in sorted(rates):
-        rows.append(await run_at(served, address, bodies, args, "sweep", rate, args.seconds))
-        notes.print(line_of(rows[-1]))
+        rows.append(await run("sweep", rate, args.seconds))
     if (knee := knee_of(rows, args.p99_ms_max)) is not None:
         for what, rate in (("half the knee", knee / 2), ("twice the knee", knee * 2)):
-            rows.append(await run_at(served, address, bodies, args, what, rate, args.hold_seconds or args.seconds))
-            notes.print(line_of(rows[-1]))
+            rows.append(await run(what, rate, args.hold_seconds or args.seconds))
     return rows
 
 
@@ -321,23 +329,29 @@ def text_plot(rows: Sequence[Row]) -> list[str]:
 
 
 def draw(rows: Sequence[Row], file: Path) -> None:
-    """Latency against rate as PNG; needs matplotlib."""
+    """Latency against rate as PNG, invalid runs crossed out; needs matplotlib."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
 
-    swept = [row for row in rows if row.what == "sweep" and row.valid]
+    swept = [row for row in rows if row.what == "sweep" and row.p50_ms == row.p50_ms]
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     rates = [row.offered for row in swept]
-    for name in ("p50_ms", "p90_ms", "p99_ms", "p999_ms"):
-        axes.plot(rates, [getattr(row, name) for row in swept], marker="o", label=name.removesuffix("_ms"))
+    for name, label in (("p50_ms", "p50"), ("p90_ms", "p90"), ("p99_ms", "p99"), ("p999_ms", "p99.9")):
+        axes.plot(rates, [getattr(row, name) for row in swept], marker="o", label=label)
+        crossed = [row for row in swept if not row.valid]
+        axes.plot([row.offered for row in crossed], [getattr(row, name) for row in crossed], "kx", markersize=9)
     axes.set(xlabel="offered, probes/s", ylabel="ms from the intended sending", yscale="log", xlim=(0, None))
-    axes.grid(visible=True, which="both", alpha=0.3)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(StrMethodFormatter(""))
+    axes.grid(visible=True, which="major", alpha=0.3)
     goodput = axes.twinx()
     goodput.plot(rates, [row.goodput for row in swept], linestyle="--", color="grey", label="answered in time")
     goodput.set(ylabel="answered in time, probes/s", ylim=(0, None))
     axes.legend(loc="upper left")
     goodput.legend(loc="lower right")
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=100)
 
 
 def bodies_of(args: argparse.Namespace, templates: NDArray[np.float32]) -> list[bytes]:
@@ -400,6 +414,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rates", type=float, nargs="+", help="probes/s; default: fractions of what it takes at most")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each rate of the sweep")
     parser.add_argument("--hold-seconds", type=float, help="at half and twice the knee; default: as the sweep")
+    parser.add_argument("--tries", type=int, default=3, help="of a run that turns out invalid")
     parser.add_argument("--p99-ms-max", type=float, default=100.0, help="what still counts as keeping up")
     parser.add_argument("--settle", type=float, default=3.0, help="seconds for the index to come to rest")
     parser.add_argument("--seed", type=int, default=20_250_101)
