@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from threadpoolctl import threadpool_limits
 
 from benchmarks.galleries import KINDS, REAL_COSINE_MEDIAN, Float16, Float32, Kind, Probes, gallery, probes
 from benchmarks.rivals import FLAT_SETTINGS, Rival, Rows, approximate_rivals, exact_rivals
@@ -96,7 +97,9 @@ class Ours:
 
     def answer(self, vectors: Float32, threshold: float | None, count: int) -> Truth:
         """The answer with its scores; `certified` then says which share of (probe, segment) it rests on."""
-        return self._searching.submit(self._answer, vectors, threshold, count).result()
+        # As `matcher serve` has it; the rivals keep BLAS's own threads.
+        with threadpool_limits(limits=1, user_api="blas"):
+            return self._searching.submit(self._answer, vectors, threshold, count).result()
 
     def _answer(self, vectors: Float32, threshold: float | None, count: int) -> Truth:
         floors = np.full(len(vectors), -np.inf if threshold is None else threshold, np.float32)

@@ -13,11 +13,11 @@ from matcher_service.index.scanner import Hits
 from matcher_service.index.score import float32_margin, norms, pair_scores, widen
 from matcher_service.terms import Float32, Int64
 
-_BLOCK_ROWS = 8192  # rows of one product: 16 MiB at 512 dimensions
+_BLOCK_ROWS = 1024  # rows of one product: 2 MiB at 512 dimensions, so that they stay in the cache
 _WIDEN_ROWS = 256  # rows turned to float32 at once: they stay in the cache meanwhile
 _GUESS_SHARE = 8  # a guess goes through one in so many rows, at least so many times the rows wanted
 _PROBES_MAX = 1024
-_FEW_PROBES = 3  # up to here BLAS gains nothing over one product after another, each thread its own rows
+_FEW_PROBES = 3  # up to here BLAS gains nothing over one product after another
 _THREAD_ROWS = 16_384
 
 Result = TypeVar("Result")
@@ -96,12 +96,12 @@ def scan_flat(
     margin = float32_margin(stored.shape[1], norm_max, norms(probes))
     cuts = (floors.astype(np.float64) - margin).astype(np.float32)
     few = len(probes) <= _FEW_PROBES
-    rows_each = _THREAD_ROWS if few and executor is not None else len(stored)
+    rows_each = len(stored) if executor is None else min(_THREAD_ROWS, -(-len(stored) // 2))
     near: list[tuple[Int64, Int64]] = []
     for start in range(0, len(probes), _PROBES_MAX):
         some = slice(start, start + _PROBES_MAX)
         tasks = [
-            _near(stored, first, min(first + rows_each, len(stored)), probes[some], cuts[some], few, executor)
+            _near(stored, first, min(first + rows_each, len(stored)), probes[some], cuts[some], few)
             for first in range(0, len(stored), rows_each)
         ]
         near.extend((which + start, rows) for which, rows in side_by_side(tasks, executor))
@@ -119,7 +119,6 @@ def _near(
     probes: Float32,
     cuts: Float32,
     few: bool,
-    executor: Executor | None,
 ) -> Callable[[], tuple[Int64, Int64]]:
     """Finds, among the rows from `first` to `last`, the pairs whose float32 product is not below its cut."""
 
@@ -128,7 +127,7 @@ def _near(
         which: list[Int64] = []
         rows: list[Int64] = []
         for start in range(first, last, _BLOCK_ROWS):
-            here = _widened(stored[start : min(start + _BLOCK_ROWS, last)], wide, None if few else executor)
+            here = _widened(stored[start : min(start + _BLOCK_ROWS, last)], wide)
             products = np.einsum("ij,kj->ik", probes, here) if few else probes @ here.T
             # `not below` rather than `at or above`: what overflowed to NaN is scored exactly, not lost.
             probe, row = np.nonzero(~(products < cuts[:, None]))
@@ -139,19 +138,11 @@ def _near(
     return task
 
 
-def _widened(block: NDArray[np.float16], wide: Float32, executor: Executor | None) -> Float32:
-    """The block as float32, in `wide`, by all threads."""
-
-    def task(first: int, last: int) -> Callable[[], None]:
-        def widen_some() -> None:
-            for start in range(first, last, _WIDEN_ROWS):
-                here = slice(start, min(start + _WIDEN_ROWS, last))
-                widen(block[here], wide[here])
-
-        return widen_some
-
-    half = len(block) if executor is None else -(-len(block) // 2)
-    side_by_side([task(first, min(first + half, len(block))) for first in range(0, len(block), max(1, half))], executor)
+def _widened(block: NDArray[np.float16], wide: Float32) -> Float32:
+    """The block as float32, in `wide`."""
+    for start in range(0, len(block), _WIDEN_ROWS):
+        here = slice(start, min(start + _WIDEN_ROWS, len(block)))
+        widen(block[here], wide[here])
     return wide[: len(block)]
 
 
@@ -170,7 +161,7 @@ def best_flat(stored: NDArray[np.float16], probes: Float32, count: int) -> Found
     wide = np.empty((min(_BLOCK_ROWS, len(stored)), stored.shape[1]), np.float32)
     for start in range(0, len(stored), _BLOCK_ROWS):
         block = stored[start : start + _BLOCK_ROWS]
-        products = probes @ _widened(block, wide, None).T
+        products = probes @ _widened(block, wide).T
         numbers = np.broadcast_to(np.arange(start, start + len(block)), products.shape)
         best, rows = np.concatenate([best, products], axis=1), np.concatenate([rows, numbers], axis=1)
         if best.shape[1] > wanted:
