@@ -56,7 +56,7 @@ test: $(VENV)/.dev  ## lint, types and the default tests
 	@$(BIN)/python -m pytest -m 'not slow and not cluster'
 
 test-cluster: $(VENV)/.cluster  ## the tests on a real Triton server, which is set up in .venv-triton
-	@$(BIN)/python -m pytest -m cluster tests/cluster tests/contract tests/contract tests/cluster
+	@$(BIN)/python -m pytest -m cluster tests/contract tests/cluster
 
 test-long: $(VENV)/.dev  ## the long forms: crash loops, state machines
 	@$(BIN)/python -m pytest -m slow
