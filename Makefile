@@ -53,7 +53,7 @@ test: $(VENV)/.dev  ## lint, types and the default tests
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
-	@$(BIN)/python -m pytest -m 'not slow and not cluster'
+	@$(BIN)/python -m pytest -n $(CORES) --dist worksteal -m 'not slow and not cluster'
 
 test-cluster: $(VENV)/.cluster  ## the tests on a real Triton server, which is set up in .venv-triton
 	@$(BIN)/python -m pytest -m cluster tests/contract tests/cluster

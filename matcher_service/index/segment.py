@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
+from matcher_service.index.choose import worth_codes
 from matcher_service.index.rows import Float16, HashIndex, Names, Rows, UInt32, id_hashes, joined
 from matcher_service.index.scanner import Scanner
 from matcher_service.index.score import norms, widen
@@ -204,12 +205,13 @@ class Tail:
         )
 
     def frozen(self) -> Segment:
-        """The live rows as a segment with a full scan."""
+        """The live rows as a segment with a full scan, for now: a quiet moment gives it codes if they pay."""
         content, wide = self._content(), self.wide[: self.rows]
         if self.dead:
             live = np.flatnonzero(self.died_at[: self.rows] == LIVE)
             content, wide = joined([(content, live)]), wide[live]
-        return Segment(content, WideScanner(content.stored, wide, self._row_norm_max))
+        scanner = WideScanner(content.stored, wide, self._row_norm_max)
+        return Segment(content, scanner, hurried=worth_codes(*content.stored.shape))
 
     def dead_sequences(self) -> Int64:
         """Sequences of the rows that have ended."""

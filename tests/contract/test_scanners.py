@@ -228,7 +228,8 @@ def test_a_probe_that_takes_too_many_rows_is_scanned_in_full() -> None:
     """Half of the gallery is one face: the filter would take half of its rows for that probe, not for others."""
     stored = gallery(12, 6000, 512)
     stored[::2] = stored[0]
-    scanner = build_fastscan(stored)
+    # Which rows a filter takes besides hangs on the rotation; this one is fixed, so that the five stay few.
+    scanner = build_fastscan(stored, entropy=12)
     probes = np.concatenate([probes_of(12, stored[:1], 1, 0.2), probes_of(12, stored[1::2], 5, 0.8)])
     floors = np.full(6, 0.5, np.float32)
     hits = scanner.scan(probes, floors)

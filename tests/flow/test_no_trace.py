@@ -47,9 +47,7 @@ def unit(rows: NDArray[np.float64]) -> NDArray[np.float32]:
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
-async def test_law_6_no_form_of_any_probe_is_in_any_file(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+async def test_law_6_no_form_of_any_probe_is_in_any_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     rng = np.random.default_rng(6)
     centre = rng.normal(size=DIMENSION).astype(np.float32) * 0.1
     probes = rng.normal(size=(PROBES, DIMENSION)).astype(np.float32)
