@@ -22,7 +22,7 @@ $(VENV)/.core: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.dev: $(VENV)/.core
 	@echo "Installing the test tools into $(VENV)"
-	@$(PIP) -e '.[cpu,dev]'
+	@$(PIP) -e '.[cpu,dev,bench]'
 	@touch $@
 
 $(VENV)/.ops: $(VENV)/.dev

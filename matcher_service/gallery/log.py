@@ -251,7 +251,9 @@ class SqlGalleryLog:
                     case EraseJob():
                         answers.append(erase(transaction, job.now_ms, ERASED_AT_ONCE_MAX))
             transaction.flush()
-        self._tell(transaction.sequence, transaction.at_ms)
+        # Log time is that of the newest entry: a transaction without one must not move it, or references judged by
+        # log time would be read by another.
+        self._tell(transaction.sequence, transaction.at_ms if transaction.sequence > self._head else 0)
         self._doomed.update(transaction.destroyed)
         if self._doomed:
             self._destroy_keys(transaction.at_ms)

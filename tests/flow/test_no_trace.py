@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import numpy as np
 import orjson
 import pytest
+import structlog
 from numpy.typing import NDArray
 
 from matcher_service.bootstrap import configure_logging
@@ -47,6 +49,15 @@ def unit(rows: NDArray[np.float64]) -> NDArray[np.float32]:
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
+@pytest.fixture
+def everything_logged() -> Iterator[None]:
+    configure_logging("debug")
+    yield
+    # The next test's standard error is another file.
+    structlog.reset_defaults()
+
+
+@pytest.mark.usefixtures("everything_logged")
 async def test_law_6_no_form_of_any_probe_is_in_any_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     rng = np.random.default_rng(6)
     centre = rng.normal(size=DIMENSION).astype(np.float32) * 0.1
@@ -57,7 +68,6 @@ async def test_law_6_no_form_of_any_probe_is_in_any_file(tmp_path: Path, capfd: 
     adapted = unit((probes - centre).astype(np.float64))
     wanted = [forms(row) for row in (*probes, *adapted)]
     data_dir = tmp_path / "data"
-    configure_logging("debug")
 
     # The search proves itself: one of each form, planted in the middle of a file, is found.
     planted = tmp_path / "planted"

@@ -35,7 +35,7 @@ def test_every_law_is_named_by_a_test(law: int) -> None:
 def test_the_architecture_names_only_modules_that_exist() -> None:
     text = (ROOT / "ARCHITECTURE.md").read_text()
     layout = text.split("## Where things live")[1].split("```")[1]
-    for name in re.findall(r"[a-z_]+(?:/[a-z_]*)*\.(?:py|proto)|[a-z_]+/", layout):
+    for name in re.findall(r"[a-z0-9_]+(?:/[a-z_]*)*\.(?:py|proto)|[a-z0-9_]+/", layout):
         held = [ROOT / "matcher_service" / name, ROOT / name, *ROOT.glob(f"matcher_service/*/{name}")]
         assert any(path.exists() for path in held), name
 

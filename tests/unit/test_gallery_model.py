@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -267,6 +267,25 @@ class LogAgainstModel(RuleBasedStateMachine):
 
 
 LogAgainstModel.TestCase.settings = settings(
-    max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=20,
+    stateful_step_count=25,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
 )
 TestLogAgainstModel = LogAgainstModel.TestCase
+
+
+def test_law_9_a_transaction_without_an_entry_does_not_move_the_log_time() -> None:
+    """Else a reference enrolled after the clock was stepped back would be judged by one time and read by another."""
+    machine = LogAgainstModel()
+    try:
+        machine.register()
+        machine.pass_time(20_000)
+        machine.append([WithdrawSubject("h", "s2", "x")])
+        machine.pass_time(-20_000)
+        machine.append([Enrol("g", "r1", "s2", b"\0\0\0\x3c", machine.clock.wall_ms() + 5000)])
+        machine.the_live_references_are_those_of_the_model()
+        assert ("g", "r1") in machine.model.rows
+    finally:
+        machine.teardown()
