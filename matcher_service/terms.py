@@ -19,8 +19,6 @@ Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
 
-PARTITIONS = 256
-
 
 class Outcome(StrEnum):
     """The four ways in which a probe is answered; every probe gets exactly one."""
