@@ -37,11 +37,6 @@ def exact_scores(stored: NDArray[np.float16], probe: Float32) -> Float32:
     return scores
 
 
-def exact_scores_of(stored: NDArray[np.float16], rows: Int64, probe: Float32) -> Float32:
-    """Scores float32 [m] of one probe against the rows numbered `rows`, int64 [m]."""
-    return exact_scores(np.take(stored, rows, axis=0), probe)
-
-
 def pair_scores(stored: NDArray[np.float16], rows: Int64, probes: Float32, which: Int64) -> Float32:
     """Scores float32 [m] of pairs: row `rows[i]`, of finite numbers, and probe `which[i]`, int64 [m] each."""
     scores = np.empty(rows.size, np.float32)

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from matcher_service.index.score import (
     exact_scores,
-    exact_scores_of,
     float32_margin,
     norms,
     pair_products,
@@ -35,7 +34,7 @@ def test_law_2_a_row_scores_the_same_to_the_last_bit_alone_and_among_many(seed: 
     together = exact_scores(stored, probes[0])
     some = np.unique(np.random.default_rng(seed).integers(0, rows, 5))
     assert [exact_scores(stored[row : row + 1], probes[0])[0] for row in some] == list(together[some])
-    assert np.array_equal(exact_scores_of(stored, some, probes[0]), together[some])
+    assert np.array_equal(exact_scores(stored[some], probes[0]), together[some])
     assert np.array_equal(pair_scores(stored, some, probes, np.zeros(some.size, np.int64)), together[some])
 
 
