@@ -44,16 +44,25 @@ class ServiceTime:
 
     def wait_s(self, rows: int) -> float:
         """Estimated seconds until `rows` rows are answered; 0 while nothing is known."""
+        fixed, slope = self._parts()
+        batches = math.ceil(rows / self._batch_rows_max)
+        return (batches * fixed + rows * slope) / self._searchers
+
+    def batch_s(self, rows: int) -> float:
+        """Estimated seconds that one batch of `rows` rows takes; 0 while nothing is known."""
+        fixed, slope = self._parts()
+        return fixed + rows * slope
+
+    def _parts(self) -> tuple[float, float]:
+        """Seconds of a batch, and of each of its rows."""
         if self._weight == 0:
-            return 0.0
+            return 0.0, 0.0
         mean_rows, mean_seconds = self._rows / self._weight, self._seconds / self._weight
         spread = self._rows_rows / self._weight - mean_rows**2
         slope = 0.0
         if spread > 1e-3 * mean_rows**2:
             slope = max(0.0, (self._rows_seconds / self._weight - mean_rows * mean_seconds) / spread)
-        fixed = max(0.0, mean_seconds - slope * mean_rows)
-        batches = math.ceil(rows / self._batch_rows_max)
-        return (batches * fixed + rows * slope) / self._searchers
+        return max(0.0, mean_seconds - slope * mean_rows), slope
 
 
 class Permit:

@@ -8,6 +8,7 @@ busy gallery nor a noisy edge node starves another. A message is never split ove
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -129,16 +130,25 @@ class Batcher:
                 await self._answer(lane, batch)
 
     def _cut(self) -> tuple[Lane, list[_Waiting]]:
-        """Take the next lane's next batch, one message of each credential in turn, dropping what is too late."""
+        """Take the next lane's next batch, one message of each credential in turn, dropping what is too late.
+
+        It is full at `probes_max` probes, or earlier if more would make the most urgent of its messages miss a
+        deadline that it can still meet.
+        """
         lane, credentials = self._lanes.popitem(last=False)
         now = self._clock.monotonic()
         batch: list[_Waiting] = []
         rows = 0
+        earliest = math.inf
         while credentials:
             name, queue = credentials.popitem(last=False)
             head = queue[0]
             dropped = head.answer.done() or head.deadline <= now
-            if not dropped and batch and rows + head.rows > self._probes_max:
+            if (
+                not dropped
+                and batch
+                and (rows + head.rows > self._probes_max or self._would_be_late(rows, head.rows, earliest - now))
+            ):
                 credentials[name] = queue
                 credentials.move_to_end(name, last=False)
                 break
@@ -151,9 +161,14 @@ class Batcher:
             elif not head.answer.done():
                 batch.append(head)
                 rows += head.rows
+                earliest = min(earliest, head.deadline)
         if credentials:
             self._lanes[lane] = credentials
         return lane, batch
+
+    def _would_be_late(self, rows: int, more: int, left_s: float) -> bool:
+        """Whether a batch of `rows` that is expected within `left_s` seconds would no longer be with `more`."""
+        return self._service_time.batch_s(rows) <= left_s < self._service_time.batch_s(rows + more)
 
     async def _answer(self, lane: Lane, batch: list[_Waiting]) -> None:
         began = self._clock.monotonic()

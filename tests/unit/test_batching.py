@@ -59,9 +59,13 @@ Submit = Callable[..., "asyncio.Task[Found]"]
 
 
 @asynccontextmanager
-async def batching(search: Callable[[Batch], object], probes_max: int = 8, searchers: int = 1) -> AsyncIterator[Submit]:
+async def batching(
+    search: Callable[[Batch], object], probes_max: int = 8, searchers: int = 1, seconds_per_probe: float = 0.0
+) -> AsyncIterator[Submit]:
     clock = SystemClock()
     time = ServiceTime(probes_max, searchers)
+    for rows in (1, probes_max) * 50 if seconds_per_probe else ():
+        time.learn(rows, rows * seconds_per_probe)
     door = Admission(10_000, 10_000, time, clock, Gauge("permits", "permits", registry=CollectorRegistry()))
     batcher = Batcher(
         search,  # type: ignore[arg-type]
@@ -73,12 +77,15 @@ async def batching(search: Callable[[Batch], object], probes_max: int = 8, searc
     )
     running = asyncio.create_task(batcher.run())
 
-    def submit(*values: float, lane: Lane = LANE, actor: str = "van", within_s: float = 30.0) -> asyncio.Task[Found]:
+    def submit(
+        *values: float, lane: Lane = LANE, actor: str = "van", within_s: float = 30.0, admitted_s: float | None = None
+    ) -> asyncio.Task[Found]:
         templates = np.array([[value, 1] for value in values], np.float32)
         floors = np.zeros((len(values), 1), np.float32)
 
         async def ask() -> Found:
-            with door.admit(Actor(actor), len(values), clock.monotonic() + within_s) as permit:
+            door_s = within_s if admitted_s is None else admitted_s
+            with door.admit(Actor(actor), len(values), clock.monotonic() + door_s) as permit:
                 return await batcher.submit(permit, lane, templates, floors, 1, clock.monotonic() + within_s)
 
         return asyncio.create_task(ask())
@@ -129,6 +136,35 @@ async def test_a_batch_is_cut_by_count_and_never_splits_a_message() -> None:
         searches.gate.set()
         await asyncio.gather(first, *rest)
     assert searches.batches == [[0], [1, 2, 3], [4, 5], [6, 7, 8, 9, 10]]
+
+
+async def test_a_batch_is_cut_where_more_would_make_the_most_urgent_late() -> None:
+    searches = Searches()
+    async with batching(searches, probes_max=1000, seconds_per_probe=1.0) as submit:
+        searches.gate.clear()
+        first = submit(0, within_s=1e9)
+        await settle()
+        # Four probes take about four seconds: the one that must be answered within 3.5 takes two others with it.
+        urgent = submit(1, within_s=3.5, actor="a")
+        rest = [submit(value, within_s=1e9, actor=f"other {value}") for value in (2, 3, 4, 5)]
+        await settle()
+        searches.gate.set()
+        await asyncio.gather(first, urgent, *rest)
+    assert searches.batches == [[0], [1, 2, 3], [4, 5]]
+
+
+async def test_a_message_that_is_late_whatever_is_done_does_not_keep_batches_small() -> None:
+    searches = Searches()
+    async with batching(searches, probes_max=1000, seconds_per_probe=1.0) as submit:
+        searches.gate.clear()
+        first = submit(0, within_s=1e9)
+        await settle()
+        hopeless = submit(1, 2, within_s=1.9, admitted_s=1e9, actor="a")
+        rest = [submit(value, within_s=1e9, actor=f"other {value}") for value in (3, 4)]
+        await settle()
+        searches.gate.set()
+        await asyncio.gather(first, hopeless, *rest)
+    assert searches.batches == [[0], [1, 2, 3, 4]]
 
 
 async def test_what_is_too_late_is_dropped_at_the_queue_and_answered() -> None:
