@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import grpc.aio
+import httpx
 import numpy as np
 import uvloop
 from hdrh.histogram import HdrHistogram
 from numpy.typing import NDArray
+from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
 from benchmarks.closed_loop import STREAM_METHOD, bearer, clear_channel, over_grpc_streams, protobuf_request
@@ -54,7 +56,9 @@ class Row(NamedTuple):
     all probes that were answered in full within the deadline. `unsent`: messages whose deadline passed before the
     stream took them. `refused`: probes that came back without an answer. `service_p50_ms` counts from the actual
     sending. `resident_mb`: growth of the service's memory, NaN if it is another's. `lag_max_ms`: the longest stall that
-    the generator saw in itself; a longer one among the answers is the service's.
+    the generator saw in itself. `stall_max_ms`: the longest time without any answer while some message waited for one;
+    what exceeds `lag_max_ms` is the service's. `refusals_timed`: messages that admission refused, and `refused_soon`
+    the share of them refused within 5 ms of their receipt, both by the service's own clock.
     """
 
     what: str
@@ -74,9 +78,36 @@ class Row(NamedTuple):
     valid: bool
     resident_mb: float = float("nan")
     lag_max_ms: float = float("nan")
+    stall_max_ms: float = float("nan")
+    refusals_timed: int = 0
+    refused_soon: float = float("nan")
 
     def kept_up(self, p99_ms_max: float) -> bool:
         return self.valid and self.in_time >= IN_TIME_MIN and self.p99_ms <= p99_ms_max
+
+
+class Refusals(NamedTuple):
+    """Messages that admission refused since the start, and how many of them within 5 ms of their receipt."""
+
+    count: int
+    soon: int
+
+    @classmethod
+    def of(cls, served: Service) -> Refusals:
+        text = httpx.get(f"{served.http_address}/metrics").raise_for_status().text
+        found = {
+            (sample.name, sample.labels.get("le")): int(sample.value)
+            for family in text_string_to_metric_families(text)
+            if family.name == "matcher_refusal_seconds"
+            for sample in family.samples
+        }
+        return cls(found["matcher_refusal_seconds_count", None], found["matcher_refusal_seconds_bucket", "0.005"])
+
+    def since(self, before: Refusals) -> Refusals:
+        return Refusals(self.count - before.count, self.soon - before.soon)
+
+
+NO_REFUSALS = Refusals(0, 0)
 
 
 @dataclass(slots=True)
@@ -91,11 +122,15 @@ class Tally:
     refused: int = 0
     sent: int = 0
     unsent: int = 0
+    last_reply_at: float = 0.0
+    stall_max_s: float = 0.0
     from_intended: HdrHistogram = field(default_factory=lambda: HdrHistogram(1, 120_000_000, 3))
     from_sending: HdrHistogram = field(default_factory=lambda: HdrHistogram(1, 120_000_000, 3))
     lag: HdrHistogram = field(default_factory=lambda: HdrHistogram(1, 120_000_000, 3))
 
     def take(self, reply: pb.IdentifyReply, intended: float, sending: float, now: float) -> None:
+        self.stall_max_s = max(self.stall_max_s, now - max(self.last_reply_at, sending))
+        self.last_reply_at = now
         self.from_intended.record_value(max(1, round((now - intended) * 1e6)))
         self.from_sending.record_value(max(1, round((now - sending) * 1e6)))
         whole = sum(one.outcome in (pb.ALERT, pb.NO_CANDIDATE) for one in reply.decisions)
@@ -104,7 +139,15 @@ class Tally:
             self.answered += whole
             self.answered_meanwhile += whole if now <= self.ends else 0
 
-    def row(self, what: str, rate: float, message: int, seconds: float, resident_bytes: float) -> Row:
+    def row(
+        self,
+        what: str,
+        rate: float,
+        message: int,
+        seconds: float,
+        resident_bytes: float,
+        refusals: Refusals = NO_REFUSALS,
+    ) -> Row:
         def at(histogram: HdrHistogram, percent: float) -> float:
             return float(histogram.get_value_at_percentile(percent)) / 1000 if histogram.total_count else float("nan")
 
@@ -127,6 +170,9 @@ class Tally:
             lag <= LAG_MS_MAX,
             resident_bytes / 2**20,
             at(self.lag, 100),
+            self.stall_max_s * 1000,
+            refusals.count,
+            refusals.soon / refusals.count if refusals.count else float("nan"),
         )
 
 
@@ -200,7 +246,7 @@ async def run_at(
 ) -> Row:  # fmt: skip
     """One run at a mean rate of probes/s over `args.streams` streams of as many connections."""
     tally = Tally(args.deadline_s)
-    before = served.resident_bytes() if served.process_id else float("nan")
+    before, refused = served.resident_bytes() if served.process_id else float("nan"), Refusals.of(served)
     source = np.random.default_rng(args.seed)
     channels = [clear_channel(address) for _ in range(args.streams)]
     try:
@@ -216,7 +262,7 @@ async def run_at(
         for channel in channels:
             await channel.close()
     after = served.resident_bytes() if served.process_id else float("nan")
-    return tally.row(what, probes_rate, args.message, seconds, after - before)
+    return tally.row(what, probes_rate, args.message, seconds, after - before, Refusals.of(served).since(refused))
 
 
 async def capacity(served: Service, address: str, bodies: Sequence[bytes], args: argparse.Namespace) -> float:
@@ -277,8 +323,8 @@ def markdown(rows: Sequence[Row], p99_ms_max: float) -> str:
     lines = [
         "| run | offered, probes/s | answered in time, probes/s | share in time | unsent messages | refused probes "
         "| p50 ms | p90 ms | p99 ms | p99.9 ms | max ms | service p50 ms "
-        "| generator lag p99 ms | lag max ms | valid | memory, MB |",
-        f"|---|{'--:|' * 13}---|--:|",
+        "| longest silence ms | generator lag p99 ms | lag max ms | valid | memory, MB |",
+        f"|---|{'--:|' * 14}---|--:|",
     ]
     for row in rows:
         times = " | ".join(
@@ -290,6 +336,7 @@ def markdown(rows: Sequence[Row], p99_ms_max: float) -> str:
                 row.p999_ms,
                 row.max_ms,
                 row.service_p50_ms,
+                row.stall_max_ms,
                 row.lag_p99_ms,
                 row.lag_max_ms,
             )
@@ -313,6 +360,10 @@ def verdict(rows: Sequence[Row], p99_ms_max: float) -> list[str]:
             said.append(f"Half the knee: p99 is {row.p99_ms / row.service_p50_ms:.1f} times the median service time.")
         if row.what == "twice the knee":
             said.append(f"Twice the knee: goodput is {row.goodput / peak:.0%} of the peak, {peak:,.0f} probes/s.")
+            if row.refusals_timed:
+                said.append(
+                    f"Of its {row.refusals_timed:,} refusals {row.refused_soon:.1%} came within 5 ms of receipt."
+                )
     return said
 
 

@@ -15,12 +15,12 @@ import numpy as np
 import structlog
 
 from matcher_service import decision, policy
-from matcher_service.admission import Admission
+from matcher_service.admission import Admission, Permit
 from matcher_service.alerts import AlertFeed
 from matcher_service.batching import Batch, Batcher, Found, Lane
 from matcher_service.catalogue import Catalogue
 from matcher_service.clock import LawfulTime
-from matcher_service.errors import AuditUnavailable
+from matcher_service.errors import AuditUnavailable, MatcherError
 from matcher_service.metrics import Metrics
 from matcher_service.replay import Replay
 from matcher_service.seams import Clock, GalleryLog, Models, Shard
@@ -102,7 +102,7 @@ class Identify:
         plan = policy.plan(message, self._catalogue, now_ms)
         judged = policy.judge_probes(message, plan, now_ms)
         self._policy_seconds.observe(self._clock.monotonic() - began)
-        with self._admission.admit(message.actor, len(message.probe_ids), message.deadline) as permit:
+        with self._admitted(message) as permit:
             await self._replay.reached(message.min_sequence, message.deadline)
             missing = self._replay.missing()
             templates = message.templates if not judged.refusals else message.templates[judged.usable]
@@ -143,6 +143,13 @@ class Identify:
             missing=missing,
             message_id=message.message_id,
         )
+
+    def _admitted(self, message: ProbeMessage) -> Permit:
+        try:
+            return self._admission.admit(message.actor, len(message.probe_ids), message.deadline)
+        except MatcherError:
+            self._metrics.refusal_seconds.observe(self._clock.monotonic() - message.received_at)
+            raise
 
     async def _audited(
         self, message: ProbeMessage, plan: policy.SearchPlan, decisions: list[Decision], alerts: Sequence[Alert]

@@ -52,6 +52,12 @@ class Metrics:
             buckets=LATENCY_BUCKETS_S,
             registry=registry,
         )
+        self.refusal_seconds = Histogram(
+            "matcher_refusal_seconds",
+            "From receipt of a message of probes to its refusal by admission.",
+            buckets=LATENCY_BUCKETS_S,
+            registry=registry,
+        )
         self.batch_probes = Histogram(
             "matcher_batch_probes", "Probes of one search.", buckets=BATCH_BUCKETS, registry=registry
         )
