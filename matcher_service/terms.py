@@ -226,7 +226,8 @@ class LogEntry(NamedTuple):
 
 
 class Enrol(NamedTuple):
-    """Wish: put one reference into a gallery. `template` as in LogEntry. `expires_at_ms` 0: retention."""
+    """Wish: put one reference into a gallery. `template` as in LogEntry. `expires_at_ms` 0: retention. `attributes`
+    is what the log keeps beside the reference (`grounds.encode`), b"" for none."""
 
     gallery_id: str
     reference_id: str
@@ -235,6 +236,7 @@ class Enrol(NamedTuple):
     expires_at_ms: int = 0
     replace: bool = False
     idempotency_key: str = ""
+    attributes: bytes = b""
 
 
 class Withdraw(NamedTuple):
@@ -356,7 +358,8 @@ class SearchRequest:
 
     `probes` float32 [n, d], unit rows, C order. `floors` float32 [n, len(gallery_ids)]: a reference is a
     candidate if its score >= its gallery's floor (-inf: any score). `rank_max` int64 [n], each >= 1:
-    most subjects wanted. References that expire at or before `at_ms` are not returned.
+    most subjects wanted. References that expire at or before `at_ms` are not returned. Of several
+    replicas only those count that have applied `min_sequence`.
     """
 
     gallery_ids: tuple[str, ...]
@@ -364,6 +367,7 @@ class SearchRequest:
     floors: Float32
     rank_max: Int64
     at_ms: int
+    min_sequence: int = 0
 
 
 @dataclass(frozen=True, slots=True)

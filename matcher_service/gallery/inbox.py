@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from matcher_service.gallery.transaction import WriteTransaction
 from matcher_service.terms import Actor, Alert, AuditEvent, Write
 
 
@@ -47,7 +48,20 @@ class EraseJob:
         return 1
 
 
-Job = AppendJob | RecordJob | EraseJob
+@dataclass(frozen=True, slots=True, eq=False)
+class WorkJob:
+    """A piece of work inside the write transaction. It may be done again, alone, if the transaction fails; if it
+    refuses, it does so before it has handed anything to the transaction."""
+
+    work: Callable[[WriteTransaction], Any]
+    answer: Future[Any] = field(default_factory=Future)
+
+    @property
+    def weight(self) -> int:
+        return 1
+
+
+Job = AppendJob | RecordJob | EraseJob | WorkJob
 
 
 class Inbox:

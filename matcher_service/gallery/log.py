@@ -21,6 +21,7 @@ from sqlalchemy.exc import DatabaseError, DataError, IntegrityError, Programming
 from matcher_service import audit, records
 from matcher_service.errors import (
     AuditUnavailable,
+    CallerFault,
     DataDamaged,
     LogUnavailable,
     MatcherError,
@@ -30,7 +31,7 @@ from matcher_service.errors import (
 )
 from matcher_service.gallery import judgement, seal
 from matcher_service.gallery.erase import erase
-from matcher_service.gallery.inbox import AppendJob, EraseJob, Inbox, Job, RecordJob
+from matcher_service.gallery.inbox import AppendJob, EraseJob, Inbox, Job, RecordJob, WorkJob
 from matcher_service.gallery.keys import Keyring
 from matcher_service.gallery.schema import IS_CATALOGUE, alert, audit_record, entry, live
 from matcher_service.gallery.sqlite import FILE_NAME, SqliteDatabase
@@ -197,6 +198,14 @@ class SqlGalleryLog:
         erased: int = await self._put(EraseJob(now_ms), LogUnavailable)
         return erased
 
+    async def transact(self, work: Callable[[WriteTransaction], T]) -> T:
+        """Do a piece of work inside a write transaction, as `inbox.WorkJob` asks of it; durable on return. Raises
+        what it refuses with, or LogUnavailable if nothing was committed."""
+        answer: T | CallerFault = await self._put(WorkJob(work), LogUnavailable)
+        if isinstance(answer, CallerFault):
+            raise answer
+        return answer
+
     async def _put(self, job: Job, unavailable: type[MatcherError]) -> Any:
         try:
             accepted = self._inbox.put(job)
@@ -250,6 +259,11 @@ class SqlGalleryLog:
                         answers.append(None)
                     case EraseJob():
                         answers.append(erase(transaction, job.now_ms, ERASED_AT_ONCE_MAX))
+                    case WorkJob():
+                        try:
+                            answers.append(job.work(transaction))
+                        except CallerFault as refusal:
+                            answers.append(refusal.with_traceback(None))
             transaction.flush()
         # Log time is that of the newest entry: a transaction without one must not move it, or references judged by
         # log time would be read by another.
@@ -332,7 +346,7 @@ class SqlGalleryLog:
             wanted = wanted.where(entry.c.kind.in_([int(kind) for kind in kinds]))
             if _OF_REFERENCES.isdisjoint(kinds):
                 wanted = wanted.where(IS_CATALOGUE)
-        return await self._query(lambda connection: self._read(connection, wanted))
+        return await self.query(lambda connection: self._read(connection, wanted))
 
     def _read(self, connection: Connection, wanted: Select[Any]) -> list[LogEntry]:
         cipher_of = self._keyring.cipher
@@ -378,7 +392,7 @@ class SqlGalleryLog:
     async def _references(self, wanted: Any) -> list[Reference]:
         now_ms = max(self._clock.wall_ms(), self._newest_at_ms)
         wanted = wanted.where(live.c.expires_at_ms > now_ms)
-        return await self._query(lambda connection: [Reference(*row) for row in connection.execute(wanted)])
+        return await self.query(lambda connection: [Reference(*row) for row in connection.execute(wanted)])
 
     async def alerts(self, deployment_id: str, before: str, limit: int) -> list[Alert]:
         def query(connection: Connection) -> list[Alert]:
@@ -398,7 +412,7 @@ class SqlGalleryLog:
                 for alert_id, sealed in connection.execute(wanted)
             ]
 
-        return await self._query(query)
+        return await self.query(query)
 
     async def audit(self, after: int, limit: int) -> list[dict[str, object]]:
         """Each with `salt` (hex) and `detail` beside the chained fields; None if there is none or it was erased."""
@@ -419,9 +433,10 @@ class SqlGalleryLog:
                 found.append(record)
             return found
 
-        return await self._query(query)
+        return await self.query(query)
 
-    async def _query(self, query: Callable[[Connection], T]) -> T:
+    async def query(self, query: Callable[[Connection], T]) -> T:
+        """What a query finds in one read transaction. Raises LogUnavailable if the log cannot be read."""
         if self._closed:
             raise LogUnavailable("the gallery log is closed", cause=Cause.SHUTTING_DOWN)
 

@@ -156,8 +156,9 @@ class WriteTransaction:
         self.sequence = sequence = self.sequence + 1
         names = seal.template_names(gallery_id, reference_id, sequence)
         sealed = seal.seal(cipher, nonce, write.template, names)
+        attributes = write.attributes or None
         self._entries_out.append(
-            (sequence, _ENROL, self.at_ms, *place, write.subject_id, expires_at_ms, sealed, None, None)
+            (sequence, _ENROL, self.at_ms, *place, write.subject_id, expires_at_ms, sealed, None, attributes)
         )
         old = self._held.get(place)
         if old is not None:
