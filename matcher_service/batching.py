@@ -34,12 +34,14 @@ class Lane(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """`templates` float32 [n, source.dimension], `floors` float32 [n, galleries], `rank_max` int64 [n]."""
+    """`templates` float32 [n, source.dimension], `floors` float32 [n, galleries], `rank_max` int64 [n].
+    `min_sequence` is the greatest that one of its messages requires."""
 
     lane: Lane
     templates: Float32
     floors: Float32
     rank_max: Int64
+    min_sequence: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,7 @@ class _Waiting:
     floors: Float32
     rank_max: int
     deadline: float
+    min_sequence: int
     answer: asyncio.Future[Found]
 
     @property
@@ -91,14 +94,21 @@ class Batcher:
         self._work = asyncio.Condition()
 
     async def submit(
-        self, permit: Permit, lane: Lane, templates: Float32, floors: Float32, rank_max: int, deadline: float
+        self,
+        permit: Permit,
+        lane: Lane,
+        templates: Float32,
+        floors: Float32,
+        rank_max: int,
+        deadline: float,
+        min_sequence: int = 0,
     ) -> Found:
         """Wait for the candidates of these probes. Raises DeadlineExceeded when `deadline` (monotonic seconds)
         passes first, and whatever the search raised."""
         if templates.shape[0] > permit.rows:
             raise ServiceFault("more probes than permits", hint="report this")
         answer: asyncio.Future[Found] = asyncio.get_running_loop().create_future()
-        waiting = _Waiting(templates, floors, rank_max, deadline, answer)
+        waiting = _Waiting(templates, floors, rank_max, deadline, min_sequence, answer)
         async with self._work:
             lanes = self._lanes.setdefault(lane, OrderedDict())
             lanes.setdefault(permit.actor.name, deque()).append(waiting)
@@ -211,7 +221,8 @@ class Batcher:
 def _joined(lane: Lane, batch: list[_Waiting]) -> Batch:
     if len(batch) == 1:
         only = batch[0]
-        return Batch(lane, only.templates, only.floors, np.full(only.rows, only.rank_max, dtype=np.int64))
+        ranks = np.full(only.rows, only.rank_max, dtype=np.int64)
+        return Batch(lane, only.templates, only.floors, ranks, only.min_sequence)
     return Batch(
         lane,
         np.concatenate([waiting.templates for waiting in batch]),
@@ -220,6 +231,7 @@ def _joined(lane: Lane, batch: list[_Waiting]) -> Batch:
             np.array([waiting.rank_max for waiting in batch], dtype=np.int64),
             [waiting.rows for waiting in batch],
         ),
+        max(waiting.min_sequence for waiting in batch),
     )
 
 

@@ -59,7 +59,9 @@ class Searching:
         usable = np.asarray(probes.any(axis=1))
         floors = batch.floors if usable.all() else np.where(usable[:, None], batch.floors, np.float32(np.inf))
         result = await self._shard.search(
-            SearchRequest(batch.lane.gallery_ids, probes, floors, batch.rank_max, self._time.now_ms())
+            SearchRequest(
+                batch.lane.gallery_ids, probes, floors, batch.rank_max, self._time.now_ms(), batch.min_sequence
+            )
         )
         self._shard_seconds.observe(self._clock.monotonic() - adapted)
         self._certified.inc(result.certified)
@@ -117,6 +119,7 @@ class Identify:
                     policy.floors(plan, judged.count),
                     plan.rank_max,
                     message.deadline,
+                    message.min_sequence,
                 )
                 self._batching_seconds.observe(self._clock.monotonic() - submitted)
                 sequence = found.result.sequence
