@@ -110,6 +110,36 @@ Index("ix_alert_alert_id", alert.c.alert_id, unique=True)
 Index("ix_alert_deployment_id_position", alert.c.deployment_id, alert.c.position)
 Index("ix_alert_erase_at_ms", alert.c.erase_at_ms)
 
+audit_checkpoint = Table(
+    "audit_checkpoint",
+    metadata,
+    Column("size", Sequence, primary_key=True, autoincrement=False, comment="how many audit records it covers"),
+    Column("signed", LargeBinary, nullable=False, comment="JSON of the signed checkpoint"),
+    Column("peaks", LargeBinary, nullable=False, comment="the Merkle tree's perfect subtrees, to go on from"),
+)
+
+tally = Table(
+    "tally",
+    metadata,
+    Column("authority", Name, primary_key=True, comment="deployment:ID or case:REFERENCE"),
+    Column("name", Name, primary_key=True),
+    Column("count", BigInteger, nullable=False),
+    sqlite_with_rowid=False,
+    comment="counters alone: nothing in it stands for one probe",
+)
+
+legal_hold = Table(
+    "legal_hold",
+    metadata,
+    Column("hold_id", Name, primary_key=True),
+    Column("gallery_id", Name, nullable=False, comment="empty: of every gallery"),
+    Column("subject_id", Name, nullable=False),
+    Column("review_by_ms", BigInteger, nullable=False),
+    Column("released_at_ms", BigInteger),
+    Column("sealed", LargeBinary, nullable=False, comment="who asked, who authorised, and why"),
+)
+Index("ix_legal_hold_subject_id", legal_hold.c.subject_id)
+
 
 def insert_many(connection: Connection, table: Table, rows: list[tuple[object, ...]]) -> None:
     """Insert rows of plain values, one for each column in order; the driver gets them as they are, in one call."""
