@@ -58,7 +58,11 @@ class LimitSettings(Section):
 
 class AdmissionSettings(Section):
     probes_in_flight_max: int = Field(8192, ge=1, description="Permits in all, in probes.")
-    probes_in_flight_per_credential_max: int = Field(8192, ge=1, description="Permits of one credential.")
+    probes_in_flight_per_credential_max: int = Field(
+        4096,
+        ge=1,
+        description="Permits of one credential: not all, so that no edge node shuts out the rest.",
+    )
     references_in_flight_max: int = Field(65_536, ge=1, description="References being enrolled at once.")
 
 
