@@ -13,9 +13,11 @@ from matcher_service import records
 from matcher_service.terms import (
     Case,
     Deployment,
+    EdgeCredential,
     EntryKind,
     Gallery,
     LogEntry,
+    Proposal,
     SpaceId,
     TemplateSpace,
 )
@@ -30,6 +32,8 @@ class Catalogue:
         self.spaces: Mapping[SpaceId, TemplateSpace] = {}
         self.deployments: Mapping[str, Deployment] = {}
         self.cases: Mapping[str, Case] = {}
+        self.credentials: Mapping[str, EdgeCredential] = {}
+        self.proposals: Mapping[str, Proposal] = {}
 
     def apply(self, entries: Sequence[LogEntry]) -> None:
         """Apply committed entries in order; those of other kinds are passed over."""
@@ -66,5 +70,19 @@ class Catalogue:
                 reference, _ = records.decode_ended(entry.record)
                 closed = dataclasses.replace(self.cases[reference], ended_at_ms=entry.at_ms)
                 self.cases = {**self.cases, reference: closed}
+            case EntryKind.CREDENTIAL_ISSUED:
+                credential = records.decode_credential(entry.record)
+                self.credentials = {**self.credentials, credential.credential_id: credential}
+            case EntryKind.CREDENTIAL_REVOKED:
+                credential_id, revoked_at_ms = records.decode_revocation(entry.record)
+                revoked = dataclasses.replace(self.credentials[credential_id], revoked_at_ms=revoked_at_ms)
+                self.credentials = {**self.credentials, credential_id: revoked}
+            case EntryKind.PROPOSAL_MADE:
+                proposal = records.decode_proposal(entry.record)
+                self.proposals = {**self.proposals, proposal.proposal_id: proposal}
+            case EntryKind.PROPOSAL_CLOSED:
+                proposal_id, closed_as, closed_by = records.decode_closure(entry.record)
+                decided = dataclasses.replace(self.proposals[proposal_id], closed_as=closed_as, closed_by=closed_by)
+                self.proposals = {**self.proposals, proposal_id: decided}
             case EntryKind.ENROL | EntryKind.WITHDRAW:
                 pass

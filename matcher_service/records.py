@@ -22,9 +22,13 @@ from matcher_service.terms import (
     Case,
     ChangeThreshold,
     Deployment,
+    EdgeCredential,
     Float32,
     Gallery,
     GalleryKind,
+    Proposal,
+    ProposalAction,
+    RateChange,
     ScoreTable,
     SpaceId,
     SpaceMap,
@@ -158,6 +162,10 @@ def deployment_dict(deployment: Deployment) -> dict[str, Any]:
         "place": deployment.place,
         "rank_max": deployment.rank_max,
         "ended_at_ms": deployment.ended_at_ms,
+        "cameras": list(deployment.cameras),
+        "legal_authority": deployment.legal_authority,
+        "necessity": deployment.necessity,
+        "threshold": deployment.threshold,
     }
 
 
@@ -175,6 +183,11 @@ def decode_deployment(record: bytes) -> Deployment:
         place=found["place"],
         rank_max=found["rank_max"],
         ended_at_ms=found["ended_at_ms"],
+        # Absent from records of the first release.
+        cameras=tuple(found.get("cameras", ())),
+        legal_authority=found.get("legal_authority", ""),
+        necessity=found.get("necessity", ""),
+        threshold=found.get("threshold"),
     )
 
 
@@ -192,6 +205,7 @@ def case_dict(case: Case) -> dict[str, Any]:
         "purpose": case.purpose,
         "rank_max": case.rank_max,
         "ended_at_ms": case.ended_at_ms,
+        "immigration_authority": case.immigration_authority,
     }
 
 
@@ -207,6 +221,7 @@ def decode_case(record: bytes) -> Case:
         purpose=found["purpose"],
         rank_max=found["rank_max"],
         ended_at_ms=found["ended_at_ms"],
+        immigration_authority=found.get("immigration_authority", ""),
     )
 
 
@@ -221,6 +236,107 @@ def decode_threshold_change(record: bytes) -> tuple[str, float]:
     """(gallery_id, the threshold from now on)."""
     found = orjson.loads(record)
     return str(found["gallery_id"]), float(found["threshold"])
+
+
+def encode_credential(credential: EdgeCredential) -> bytes:
+    return orjson.dumps({**credential_dict(credential), "secret_sha256": credential.secret_sha256})
+
+
+def credential_dict(credential: EdgeCredential) -> dict[str, Any]:
+    """All but the digest of the secret."""
+    return {
+        "credential_id": credential.credential_id,
+        "deployment_id": credential.deployment_id,
+        "issued_by": credential.issued_by,
+        "issued_at_ms": credential.issued_at_ms,
+        "expires_at_ms": credential.expires_at_ms,
+        "has_secret": bool(credential.secret_sha256),
+        "certificate": credential.certificate,
+        "cameras": list(credential.cameras),
+        "probes_per_s": credential.probes_per_s,
+        "replaces": credential.replaces,
+        "revoked_at_ms": credential.revoked_at_ms,
+    }
+
+
+@_sensible("edge credential")
+def decode_credential(record: bytes) -> EdgeCredential:
+    found = orjson.loads(record)
+    return EdgeCredential(
+        credential_id=found["credential_id"],
+        deployment_id=found["deployment_id"],
+        issued_by=found["issued_by"],
+        issued_at_ms=found["issued_at_ms"],
+        expires_at_ms=found["expires_at_ms"],
+        secret_sha256=found["secret_sha256"],
+        certificate=found["certificate"],
+        cameras=tuple(found["cameras"]),
+        probes_per_s=found["probes_per_s"],
+        replaces=found["replaces"],
+        revoked_at_ms=found["revoked_at_ms"],
+    )
+
+
+def encode_revocation(credential_id: str, revoked_at_ms: int) -> bytes:
+    return orjson.dumps({"credential_id": credential_id, "revoked_at_ms": revoked_at_ms})
+
+
+@_sensible("revocation")
+def decode_revocation(record: bytes) -> tuple[str, int]:
+    """(credential_id, revoked_at_ms)."""
+    found = orjson.loads(record)
+    return str(found["credential_id"]), int(found["revoked_at_ms"])
+
+
+def encode_proposal(proposal: Proposal) -> bytes:
+    return orjson.dumps(proposal_dict(proposal))
+
+
+def proposal_dict(proposal: Proposal) -> dict[str, Any]:
+    return {
+        "proposal_id": proposal.proposal_id,
+        "action": proposal.action.value,
+        "gallery_id": proposal.gallery_id,
+        "reason": proposal.reason,
+        "proposed_by": proposal.proposed_by,
+        "proposed_at_ms": proposal.proposed_at_ms,
+        "expires_at_ms": proposal.expires_at_ms,
+        "threshold": proposal.threshold,
+        "rates": [one._asdict() for one in proposal.rates],
+        "reference_ids": list(proposal.reference_ids),
+        "closed_as": proposal.closed_as,
+        "closed_by": proposal.closed_by,
+    }
+
+
+@_sensible("proposal")
+def decode_proposal(record: bytes) -> Proposal:
+    found = orjson.loads(record)
+    return Proposal(
+        proposal_id=found["proposal_id"],
+        action=ProposalAction(found["action"]),
+        gallery_id=found["gallery_id"],
+        reason=found["reason"],
+        proposed_by=found["proposed_by"],
+        proposed_at_ms=found["proposed_at_ms"],
+        expires_at_ms=found["expires_at_ms"],
+        threshold=found["threshold"],
+        rates=tuple(RateChange(**one) for one in found["rates"]),
+        reference_ids=tuple(found["reference_ids"]),
+        closed_as=found["closed_as"],
+        closed_by=found["closed_by"],
+    )
+
+
+def encode_closure(proposal_id: str, closed_as: str, closed_by: str) -> bytes:
+    return orjson.dumps({"proposal_id": proposal_id, "closed_as": closed_as, "closed_by": closed_by})
+
+
+@_sensible("closure of a proposal")
+def decode_closure(record: bytes) -> tuple[str, str, str]:
+    """(proposal_id, closed_as, closed_by)."""
+    found = orjson.loads(record)
+    return str(found["proposal_id"]), str(found["closed_as"]), str(found["closed_by"])
 
 
 def encode_ended(name: str, value: str, ended_at_ms: int) -> bytes:

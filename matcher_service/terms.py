@@ -55,6 +55,8 @@ class Cause(StrEnum):
     GONE = "GONE"
     EXPIRED = "EXPIRED"
     STALE_PROBE = "STALE_PROBE"
+    REPLAYED = "REPLAYED"
+    COOLING_DOWN = "COOLING_DOWN"
     DEADLINE = "DEADLINE"
     OVERLOADED = "OVERLOADED"
     SHUTTING_DOWN = "SHUTTING_DOWN"
@@ -63,6 +65,7 @@ class Cause(StrEnum):
     SHARD_UNAVAILABLE = "SHARD_UNAVAILABLE"
     MODELS_UNAVAILABLE = "MODELS_UNAVAILABLE"
     REPLAY_BEHIND = "REPLAY_BEHIND"
+    IDENTITY_UNAVAILABLE = "IDENTITY_UNAVAILABLE"
     MEMORY_REFUSED = "MEMORY_REFUSED"
     UNREACHABLE = "UNREACHABLE"
     INTERNAL = "INTERNAL"
@@ -154,7 +157,10 @@ class Gallery:
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """An authorised live operation: which galleries, from when to when, on whose authority, and why."""
+    """An authorised live operation: which galleries, where, from when to when, on whose authority, and why.
+
+    `cameras` empty: any; otherwise each message names one of them. `threshold` raises those of the galleries.
+    """
 
     deployment_id: str
     gallery_ids: tuple[str, ...]
@@ -166,11 +172,18 @@ class Deployment:
     place: str = ""
     rank_max: int = 10
     ended_at_ms: int | None = None
+    cameras: tuple[str, ...] = ()
+    legal_authority: str = ""
+    necessity: str = ""
+    threshold: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """The authority of a retrospective search: every search under it is audited."""
+    """The authority of a retrospective search: every search under it is audited.
+
+    `immigration_authority` is what an immigration gallery is searched on, beside the case's own authority.
+    """
 
     case_reference: str
     gallery_ids: tuple[str, ...]
@@ -180,13 +193,95 @@ class Case:
     purpose: str
     rank_max: int = 50
     ended_at_ms: int | None = None
+    immigration_authority: str = ""
+
+
+class Scope(StrEnum):
+    """What a credential may do: seven roles, and two rights beside them. The verbs of each: `access.verbs`."""
+
+    EDGE = "edge"
+    OPERATOR = "operator"
+    ADJUDICATOR = "adjudicator"
+    GALLERY_MANAGER = "gallery_manager"
+    AUTHORISING_OFFICER = "authorising_officer"
+    AUDITOR = "auditor"
+    SRE = "sre"
+    RAW_SCORES = "raw_scores"
+    TOKEN_EXCHANGE = "token_exchange"
 
 
 @dataclass(frozen=True, slots=True)
 class Actor:
-    """Who asks: a credential, never a person's face. `name` goes into the audit."""
+    """Who asks: a credential, never a person's face. `name` goes into the audit.
+
+    `scopes` decides which verbs the edges let through. `person` is the authenticated person, "" for a machine and
+    for the loopback token. `galleries` are those it has rights over, None: all. An edge credential (`credential_id`)
+    acts within `deployment_id` alone, on `cameras` if any are named, at `probes_per_s` (0: unlimited).
+    `ends_at_ms` is when what was presented ends.
+    """
 
     name: str
+    scopes: frozenset[Scope] = frozenset()
+    person: str = ""
+    galleries: frozenset[str] | None = None
+    deployment_id: str = ""
+    credential_id: str = ""
+    cameras: tuple[str, ...] = ()
+    probes_per_s: int = 0
+    ends_at_ms: int | None = None
+
+    def has_rights_over(self, gallery_id: str) -> bool:
+        return self.galleries is None or gallery_id in self.galleries
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeCredential:
+    """The right of one edge node to search under one deployment.
+
+    `secret_sha256` (hex) stands for a secret that is exchanged for short-lived tokens, `certificate` for a client
+    certificate: "sha256:" and the hex fingerprint of its DER form, or "san:" and a subject alternative name. At least
+    one is set; neither secret nor key is held. `cameras` empty: those of the deployment. `replaces` is the credential
+    before it.
+    """
+
+    credential_id: str
+    deployment_id: str
+    issued_by: str
+    issued_at_ms: int
+    expires_at_ms: int
+    secret_sha256: str = ""
+    certificate: str = ""
+    cameras: tuple[str, ...] = ()
+    probes_per_s: int = 500
+    replaces: str = ""
+    revoked_at_ms: int | None = None
+
+
+class ProposalAction(StrEnum):
+    """What one authenticated person proposes and another approves."""
+
+    THRESHOLD = "threshold"
+    GALLERY_DELETION = "gallery_deletion"
+    WITHDRAWAL = "withdrawal"
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A change that two persons must stand for. `threshold` and `rates` serve THRESHOLD, `reference_ids`
+    WITHDRAWAL. `closed_as` is "" while it waits, else approved or rejected."""
+
+    proposal_id: str
+    action: ProposalAction
+    gallery_id: str
+    reason: str
+    proposed_by: str
+    proposed_at_ms: int
+    expires_at_ms: int
+    threshold: float | None = None
+    rates: tuple[RateChange, ...] = ()
+    reference_ids: tuple[str, ...] = ()
+    closed_as: str = ""
+    closed_by: str = ""
 
 
 # --- the gallery log -------------------------------------------------------------------------------
@@ -205,6 +300,10 @@ class EntryKind(IntEnum):
     CASE_CREATED = 8
     CASE_ENDED = 9
     THRESHOLD_CHANGED = 10
+    CREDENTIAL_ISSUED = 40
+    CREDENTIAL_REVOKED = 41
+    PROPOSAL_MADE = 42
+    PROPOSAL_CLOSED = 43
 
 
 class LogEntry(NamedTuple):
@@ -260,10 +359,13 @@ class CreateGallery(NamedTuple):
 
 
 class DeleteGallery(NamedTuple):
-    """Wish: withdraw every reference, and destroy the gallery's key."""
+    """Wish: withdraw every reference, and destroy the gallery's key. The two persons who stand for it, if they are
+    known."""
 
     gallery_id: str
     reason: str
+    proposed_by: str = ""
+    approved_by: str = ""
 
 
 class RateChange(NamedTuple):
@@ -307,6 +409,31 @@ class EndCase(NamedTuple):
     case_reference: str
 
 
+class IssueCredential(NamedTuple):
+    credential: EdgeCredential
+
+
+class RevokeCredential(NamedTuple):
+    """Wish: end an edge credential, now or (a rotation) at `at_ms`."""
+
+    credential_id: str
+    reason: str
+    at_ms: int = 0
+
+
+class MakeProposal(NamedTuple):
+    proposal: Proposal
+
+
+class CloseProposal(NamedTuple):
+    """Wish: the proposal waits no longer; `closed_as` is approved or rejected."""
+
+    proposal_id: str
+    closed_as: str
+    closed_by: str
+    reason: str
+
+
 Write = (
     Enrol
     | Withdraw
@@ -319,6 +446,10 @@ Write = (
     | EndDeployment
     | CreateCase
     | EndCase
+    | IssueCredential
+    | RevokeCredential
+    | MakeProposal
+    | CloseProposal
 )
 
 
@@ -412,7 +543,9 @@ class ProbeMessage:
 
     `templates` float32 [n, d] (finite or not), `captured_at_ms` int64 [n]; exactly one of
     `deployment_id` and `case_reference` is set. `gallery_ids` empty: all that the authority allows.
-    `received_at` and `deadline` are monotonic seconds.
+    `received_at` and `deadline` are monotonic seconds. `stream_nonce` (b"": none) and `stream_sequence` name the
+    message among those of its stream, whatever becomes of the connection; `connection` numbers the gRPC stream that
+    it came on (0: a unary call).
     """
 
     actor: Actor
@@ -430,15 +563,23 @@ class ProbeMessage:
     deadline: float
     message_id: str = ""
     traceparent: str = ""
+    camera_id: str = ""
+    stream_nonce: bytes = b""
+    stream_sequence: int = 0
+    connection: int = 0
 
 
 class Candidate(NamedTuple):
+    """`score_step` 0: the score is exact. Otherwise it is the lower edge of a band of that width, and the rate is
+    rounded up to a power of ten."""
+
     subject_id: str
     reference_id: str
     gallery_id: str
     score: float
     rank: int
     false_match_rate: float
+    score_step: float = 0.0
 
 
 class Decision(NamedTuple):

@@ -19,6 +19,7 @@ from matcher_service.terms import (
     Actor,
     Cause,
     ChangeThreshold,
+    CloseProposal,
     CreateCase,
     CreateDeployment,
     CreateGallery,
@@ -27,8 +28,11 @@ from matcher_service.terms import (
     EndDeployment,
     Enrol,
     EntryKind,
+    IssueCredential,
+    MakeProposal,
     Receipt,
     RegisterSpace,
+    RevokeCredential,
     Withdraw,
     WithdrawSubject,
     Write,
@@ -87,6 +91,14 @@ class _Judge:
                 return self._create_case(write)
             case EndCase():
                 return self._end_case(write)
+            case IssueCredential():
+                return self._issue_credential(write)
+            case RevokeCredential():
+                return self._revoke_credential(write)
+            case MakeProposal():
+                return self._make_proposal(write)
+            case CloseProposal():
+                return self._close_proposal(write)
 
     def _enrol(self, write: Enrol) -> Receipt:
         gallery_id, reference_id = write.gallery_id, write.reference_id
@@ -281,7 +293,10 @@ class _Judge:
             EntryKind.GALLERY_DELETED,
             gallery_id,
             record,
-            _detail({"reason": write.reason, "references": ended}),
+            _detail(
+                {"reason": write.reason, "references": ended}
+                | ({"proposed_by": write.proposed_by, "approved_by": write.approved_by} if write.approved_by else {})
+            ),
         )
 
     def _create_deployment(self, write: CreateDeployment) -> Receipt:
@@ -324,6 +339,73 @@ class _Judge:
         _check_open(self._state.cases, "case", "case_reference", write.case_reference)
         record = records.encode_ended("case_reference", write.case_reference, self._at_ms)
         return self._catalogue("case.ended", write.case_reference, EntryKind.CASE_ENDED, "", record)
+
+    def _issue_credential(self, write: IssueCredential) -> Receipt:
+        credential = write.credential
+        check_name(credential.credential_id, "credential_id")
+        if credential.credential_id in self._state.credentials:
+            raise Conflict(
+                f"credential {credential.credential_id} exists, or existed",
+                field="credential_id",
+                hint="an id is never used twice",
+            )
+        _check_open(self._state.deployments, "deployment", "deployment_id", credential.deployment_id)
+        if not credential.secret_sha256 and not credential.certificate:
+            raise InvalidInput("it has neither a secret nor a certificate", field="certificate", hint="give one")
+        stamped = replace(credential, issued_at_ms=self._at_ms)
+        record = _encoded("credential", lambda: records.encode_credential(stamped))
+        detail = _detail({"deployment_id": credential.deployment_id, "replaces": credential.replaces})
+        return self._catalogue(
+            "credential.issued", credential.credential_id, EntryKind.CREDENTIAL_ISSUED, "", record, detail
+        )
+
+    def _revoke_credential(self, write: RevokeCredential) -> Receipt:
+        if write.credential_id not in self._state.credentials:
+            raise NotFound(f"no credential {write.credential_id!r}", field="credential_id", hint="list the credentials")
+        at_ms = max(write.at_ms, self._at_ms)
+        ends_at_ms = self._state.credentials[write.credential_id]
+        if ends_at_ms is not None and ends_at_ms <= at_ms:
+            raise Gone(f"credential {write.credential_id} is revoked already", field="credential_id")
+        return self._catalogue(
+            "credential.revoked",
+            write.credential_id,
+            EntryKind.CREDENTIAL_REVOKED,
+            "",
+            records.encode_revocation(write.credential_id, at_ms),
+            _detail({"reason": write.reason, "revoked_at_ms": at_ms}),
+        )
+
+    def _make_proposal(self, write: MakeProposal) -> Receipt:
+        proposal = write.proposal
+        check_name(proposal.proposal_id, "proposal_id")
+        if proposal.proposal_id in self._state.proposals:
+            raise Conflict(f"proposal {proposal.proposal_id} exists", field="proposal_id", hint="propose anew")
+        if proposal.gallery_id not in self._state.galleries:
+            raise self._unknown_gallery(proposal.gallery_id)
+        record = _encoded("proposal", lambda: records.encode_proposal(proposal))
+        detail = _detail({"action": proposal.action.value, "reason": proposal.reason, "gallery": proposal.gallery_id})
+        return self._catalogue("proposal.made", proposal.proposal_id, EntryKind.PROPOSAL_MADE, "", record, detail)
+
+    def _close_proposal(self, write: CloseProposal) -> Receipt:
+        proposal = self._state.proposals.get(write.proposal_id)
+        if proposal is None:
+            raise NotFound(f"no proposal {write.proposal_id!r}", field="proposal_id", hint="list the proposals")
+        if proposal.closed_as:
+            raise Gone(f"proposal {write.proposal_id} was {proposal.closed_as} already", field="proposal_id")
+        if write.closed_as == "approved" and same_person(proposal.proposed_by, write.closed_by):
+            raise InvalidInput(
+                "the person who proposed the change also approved it",
+                field="approved_by",
+                hint="a second person approves it",
+            )
+        return self._catalogue(
+            f"proposal.{write.closed_as}",
+            write.proposal_id,
+            EntryKind.PROPOSAL_CLOSED,
+            "",
+            records.encode_closure(write.proposal_id, write.closed_as, write.closed_by),
+            _detail({"reason": write.reason, "by": write.closed_by, "proposed_by": proposal.proposed_by}),
+        )
 
     def _check_window(self, gallery_ids: Sequence[str], opens_at_ms: int, closes_at_ms: int) -> None:
         for gallery_id in gallery_ids:

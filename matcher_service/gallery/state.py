@@ -8,13 +8,14 @@ from sqlalchemy import Connection, select
 
 from matcher_service import records
 from matcher_service.gallery.schema import IS_CATALOGUE, entry
-from matcher_service.terms import EntryKind, Gallery, SpaceId, TemplateSpace
+from matcher_service.terms import EntryKind, Gallery, Proposal, SpaceId, TemplateSpace
 
 
 @dataclass(slots=True)
 class CatalogueState:
     """`spaces` carries with each space the sequence that registered it; `deployments` and `cases` say of each id
-    whether it has ended. `sequence` is the newest catalogue entry applied."""
+    whether it has ended, `credentials` when it was revoked (None: it was not); `proposals` are those that wait or were
+    closed. `sequence` is the newest catalogue entry applied."""
 
     sequence: int = 0
     spaces: dict[SpaceId, tuple[TemplateSpace, int]] = field(default_factory=dict)
@@ -22,6 +23,8 @@ class CatalogueState:
     deleted: set[str] = field(default_factory=set)
     deployments: dict[str, bool] = field(default_factory=dict)
     cases: dict[str, bool] = field(default_factory=dict)
+    credentials: dict[str, int | None] = field(default_factory=dict)
+    proposals: dict[str, Proposal] = field(default_factory=dict)
 
     def apply(self, sequence: int, kind: EntryKind, record: bytes) -> None:
         match kind:
@@ -48,6 +51,19 @@ class CatalogueState:
                 self.cases[case.case_reference] = case.ended_at_ms is not None
             case EntryKind.CASE_ENDED:
                 self.cases[records.decode_ended(record)[0]] = True
+            case EntryKind.CREDENTIAL_ISSUED:
+                credential = records.decode_credential(record)
+                self.credentials[credential.credential_id] = credential.revoked_at_ms
+            case EntryKind.CREDENTIAL_REVOKED:
+                credential_id, revoked_at_ms = records.decode_revocation(record)
+                self.credentials[credential_id] = revoked_at_ms
+            case EntryKind.PROPOSAL_MADE:
+                proposal = records.decode_proposal(record)
+                self.proposals[proposal.proposal_id] = proposal
+            case EntryKind.PROPOSAL_CLOSED:
+                proposal_id, closed_as, closed_by = records.decode_closure(record)
+                decided = replace(self.proposals[proposal_id], closed_as=closed_as, closed_by=closed_by)
+                self.proposals[proposal_id] = decided
             case EntryKind.ENROL | EntryKind.WITHDRAW:
                 return
         self.sequence = sequence
