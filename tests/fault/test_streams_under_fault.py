@@ -188,7 +188,12 @@ async def test_a_thousand_idle_connections_cost_nobody_an_answer_and_leave_nothi
 
 
 async def test_law_3_two_hundred_streams_at_once_each_get_all_their_answers(tmp_path: Path) -> None:
-    async with watchlist(tmp_path) as (service, space, stored), channel_to(service) as one, channel_to(service) as two:
+    permits = {"probes_in_flight_max": 20_000, "probes_in_flight_per_credential_max": 20_000}
+    async with (
+        watchlist(tmp_path, admission=permits) as (service, space, stored),
+        channel_to(service) as one,
+        channel_to(service) as two,
+    ):
 
         async def talk(number: int) -> int:
             stream = stream_of(service, two if number % 2 else one)
