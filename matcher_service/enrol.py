@@ -17,7 +17,7 @@ from matcher_service.catalogue import Catalogue
 from matcher_service.clock import LawfulTime
 from matcher_service.errors import MatcherError, NotFound, ReplayBehind
 from matcher_service.metrics import Metrics
-from matcher_service.replay import Replay
+from matcher_service.replay import Following
 from matcher_service.seams import Clock, GalleryLog, Models
 from matcher_service.settings import LimitSettings
 from matcher_service.terms import (
@@ -44,7 +44,7 @@ class Writing:
         admission: Admission,
         models: Models,
         log: GalleryLog,
-        replay: Replay,
+        replay: Following,
         time: LawfulTime,
         clock: Clock,
         limits: LimitSettings,
@@ -144,7 +144,7 @@ class Writing:
         policy.judge_change(
             write, self._catalogue, self._limits.id_bytes_max, self._limits.dimension_max, self._time.now_ms()
         )
-        return await self._obeyed(_receipt((await self._append([write], actor))[0]))
+        return await self._obeyed(_receipt((await self._append([write], actor))[0]), catalogue=True)
 
     async def _append(self, writes: Sequence[Write], actor: Actor) -> list[Receipt | MatcherError]:
         if not writes:
@@ -154,10 +154,11 @@ class Writing:
         self._log_seconds.observe(self._clock.monotonic() - began)
         return answers
 
-    async def _obeyed(self, receipt: Receipt) -> Receipt:
+    async def _obeyed(self, receipt: Receipt, *, catalogue: bool = False) -> Receipt:
         """The receipt, once every search that starts from now on sees it."""
+        until = self._clock.monotonic() + OBEYED_WITHIN_S
         try:
-            await self._replay.reached(receipt.sequence, self._clock.monotonic() + OBEYED_WITHIN_S)
+            await self._replay.obeyed(receipt.sequence, until, catalogue=catalogue)
         except ReplayBehind as behind:
             raise ReplayBehind(
                 f"durable at sequence {receipt.sequence}, but this process's searches do not obey it yet",

@@ -22,7 +22,7 @@ from matcher_service.catalogue import Catalogue
 from matcher_service.clock import LawfulTime
 from matcher_service.errors import AuditUnavailable, MatcherError
 from matcher_service.metrics import Metrics
-from matcher_service.replay import Replay
+from matcher_service.replay import Following
 from matcher_service.seams import Clock, GalleryLog, Models, Shard
 from matcher_service.terms import (
     Alert,
@@ -76,7 +76,7 @@ class Identify:
         catalogue: Catalogue,
         admission: Admission,
         batcher: Batcher,
-        replay: Replay,
+        replay: Following,
         log: GalleryLog,
         feed: AlertFeed,
         time: LawfulTime,
@@ -99,13 +99,11 @@ class Identify:
 
     async def __call__(self, message: ProbeMessage) -> IdentifyReply:
         """Answer every probe of the message once; raises MatcherError if the message as a whole is refused."""
-        began = self._clock.monotonic()
-        now_ms = self._time.now_ms()
-        plan = policy.plan(message, self._catalogue, now_ms)
-        judged = policy.judge_probes(message, plan, now_ms)
-        self._policy_seconds.observe(self._clock.monotonic() - began)
+        plan, judged, now_ms = self._judged(message)
         with self._admitted(message) as permit:
             await self._replay.reached(message.min_sequence, message.deadline)
+            if await self._replay.renewed(message.deadline):
+                plan, judged, now_ms = self._judged(message)
             missing = self._replay.missing()
             templates = message.templates if not judged.refusals else message.templates[judged.usable]
             sequence = self._replay.applied
@@ -146,6 +144,15 @@ class Identify:
             missing=missing,
             message_id=message.message_id,
         )
+
+    def _judged(self, message: ProbeMessage) -> tuple[policy.SearchPlan, policy.JudgedRows, int]:
+        """What may be searched for, of which probes, and the lawful time by which that was judged."""
+        began = self._clock.monotonic()
+        now_ms = self._time.now_ms()
+        plan = policy.plan(message, self._catalogue, now_ms)
+        judged = policy.judge_probes(message, plan, now_ms)
+        self._policy_seconds.observe(self._clock.monotonic() - began)
+        return plan, judged, now_ms
 
     def _admitted(self, message: ProbeMessage) -> Permit:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Protocol
 
 import structlog
 
@@ -20,6 +21,38 @@ RETRY_S = 0.5
 FRESHNESS_LEASE_S = 0.5
 
 _log = structlog.get_logger(__name__)
+
+
+class Following(Protocol):
+    """How far what this process judges by, and what it searches, obey the gallery log."""
+
+    @property
+    def applied(self) -> int:
+        """The sequence up to which they do."""
+        ...
+
+    @property
+    def refusal(self) -> MatcherError | None:
+        """Why they cannot obey what is written from now on, if they cannot."""
+        ...
+
+    def missing(self) -> tuple[str, ...]:
+        """What an answer of this process lacks now, whatever the shards say."""
+        ...
+
+    async def renewed(self, deadline: float) -> bool:
+        """Return once the catalogue is no older than the freshness lease; True if that took a wait, so that what was
+        judged by it must be judged again. Raises LogUnavailable, and ReplayBehind at `deadline`."""
+        ...
+
+    async def reached(self, sequence: int, deadline: float) -> None:
+        """Return once `sequence` is applied; raises ReplayBehind at `deadline` (monotonic seconds)."""
+        ...
+
+    async def obeyed(self, sequence: int, deadline: float, *, catalogue: bool) -> None:
+        """Return once no search that starts later, here or in any other process, can fail to obey `sequence`, which
+        was committed before this call. `catalogue`: it changed the catalogue. Raises ReplayBehind at `deadline`."""
+        ...
 
 
 class Replay:
@@ -100,6 +133,13 @@ class Replay:
                 hint="ask again; if it stays so, look at matcher_replay_lag_seconds",
                 retry_after_ms=100,
             ) from None
+
+    async def renewed(self, deadline: float) -> bool:
+        # Nobody else writes to this log: the catalogue is as old as what this process has acknowledged.
+        return False
+
+    async def obeyed(self, sequence: int, deadline: float, *, catalogue: bool) -> None:
+        await self.reached(sequence, deadline)
 
     async def _step(self, known_catalogue: int = 0) -> bool:
         """Apply one block; False at the head. Catalogue entries up to `known_catalogue` are already applied."""
