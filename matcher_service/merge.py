@@ -17,26 +17,32 @@ from matcher_service.terms import Float32, Int64, SearchResult
 def merge(results: Sequence[SearchResult], gallery_ids: Sequence[str], rank_max: Int64) -> SearchResult:
     """One result from those of several shards to the same request.
 
-    `gallery_ids` and `rank_max`, int64 [n], are the request's. A subject of a gallery found by several
-    shards is kept once; `sequence` is the least, `missing` the union in order of first mention. With no
-    results at all the sequence is 0.
+    `gallery_ids` and `rank_max`, int64 [n], are the request's. A reference found by several shards is as
+    the one says that has applied most; a subject of a gallery found by several is kept once; `sequence` is
+    the least, `missing` the union in order of first mention. With no results at all the sequence is 0.
     """
     probe_count = len(rank_max)
+    missing = tuple(dict.fromkeys(part for one in results for part in one.missing))
+    results = sorted(results, key=lambda one: -one.sequence)
     probes = np.concatenate([np.repeat(np.arange(probe_count), np.diff(one.offsets)) for one in results] or [_NONE])
     gallery = np.concatenate([one.gallery for one in results] or [_NONE])
     scores = np.concatenate([one.scores for one in results] or [_NONE.astype(np.float32)])
     reference_ids = [text for one in results for text in one.reference_ids]
     subject_ids = [text for one in results for text in one.subject_ids]
-    kept = best_candidates(
-        probes,
-        gallery,
-        scores,
-        np.fromiter(map(hash, subject_ids), np.int64, len(subject_ids)),
-        reference_of=lambda i: reference_ids[i].encode(),
-        subject_of=lambda i: subject_ids[i].encode(),
+    # From the newest shard to the oldest, in which order the first mention of a reference is the one that counts.
+    each = np.arange(len(probes))
+    once = each[_first_of_each(each, probes, gallery, _hashes(reference_ids), lambda i: reference_ids[i].encode())]
+    best = best_candidates(
+        probes[once],
+        gallery[once],
+        scores[once],
+        _hashes(subject_ids)[once],
+        reference_of=lambda i: reference_ids[once[i]].encode(),
+        subject_of=lambda i: subject_ids[once[i]].encode(),
         gallery_order=order_of(gallery_ids),
         rank_max=rank_max,
     )
+    kept = once[best]
     return SearchResult(
         offsets=offsets_of(probes[kept], probe_count),
         gallery=gallery[kept],
@@ -44,7 +50,7 @@ def merge(results: Sequence[SearchResult], gallery_ids: Sequence[str], rank_max:
         reference_ids=[reference_ids[i] for i in kept],
         subject_ids=[subject_ids[i] for i in kept],
         sequence=min((one.sequence for one in results), default=0),
-        missing=tuple(dict.fromkeys(part for one in results for part in one.missing)),
+        missing=missing,
         certified=sum(one.certified for one in results),
         scanned=sum(one.scanned for one in results),
     )
@@ -70,7 +76,7 @@ def best_candidates(
         return _NONE
     order = np.lexsort((gallery_order[gallery], -scores, probes))
     _sort_ties(order, probes, gallery, scores, reference_of)
-    first = _first_of_subject(order, probes, gallery, subject_hashes, subject_of)
+    first = _first_of_each(order, probes, gallery, subject_hashes, subject_of)
     kept = order[first]
     owners = probes[kept]
     rank = np.arange(len(kept)) - np.searchsorted(owners, owners)
@@ -136,27 +142,33 @@ def _sort_ties(
         order[start : stop + 1] = sorted(run.tolist(), key=reference_of)
 
 
-def _first_of_subject(
+def _hashes(ids: Sequence[str]) -> Int64:
+    return np.fromiter(map(hash, ids), np.int64, len(ids))
+
+
+def _first_of_each(
     order: Int64,
     probes: Int64,
     gallery: Int64,
-    subject_hashes: NDArray[np.integer],
-    subject_of: Callable[[int], bytes],
+    hashes: NDArray[np.integer],
+    name_of: Callable[[int], bytes],
 ) -> NDArray[np.bool_]:
-    """bool [m] along `order`: the first hit of its probe, gallery and subject."""
+    """bool [m] along `order`: the first hit of its probe, gallery and name. `hashes` are those of the names."""
     first = np.ones(len(order), np.bool_)
-    by_subject = np.lexsort((np.arange(len(order)), subject_hashes[order], gallery[order], probes[order]))
-    same = _equal_to_previous(order[by_subject], probes, gallery, subject_hashes)
+    if not len(order):
+        return first
+    by_name = np.lexsort((np.arange(len(order)), hashes[order], gallery[order], probes[order]))
+    same = _equal_to_previous(order[by_name], probes, gallery, hashes)
     if not same.any():
         return first
-    first[by_subject[1:][same]] = False
-    previous, later = order[by_subject[:-1][same]], order[by_subject[1:][same]]
-    if all(subject_of(a) == subject_of(b) for a, b in zip(previous.tolist(), later.tolist(), strict=True)):
+    first[by_name[1:][same]] = False
+    previous, later = order[by_name[:-1][same]], order[by_name[1:][same]]
+    if all(name_of(a) == name_of(b) for a, b in zip(previous.tolist(), later.tolist(), strict=True)):
         return first
-    # Two subjects share a hash: tell them apart by their names.
+    # Two names share a hash: tell them apart by themselves.
     seen: set[tuple[int, int, bytes]] = set()
     for place, hit in enumerate(order.tolist()):
-        name = (int(probes[hit]), int(gallery[hit]), subject_of(hit))
+        name = (int(probes[hit]), int(gallery[hit]), name_of(hit))
         first[place] = name not in seen
         seen.add(name)
     return first

@@ -87,6 +87,20 @@ def test_merging_is_sorting_everything_and_keeping_each_subject_once(
     assert (merged.certified, merged.scanned) == (len(results), 2 * len(results))
 
 
+def test_what_two_shards_hold_is_as_the_newer_one_says() -> None:
+    """While a partition changes hands a reference is found twice, perhaps by a shard that has not yet seen its
+    replacement: neither its old score nor its old subject counts, whatever the order of the answers."""
+    old = result_of([[(1.0, 0, "r", "one"), (0.25, 1, "r", "one")]], 6, ())
+    new = result_of([[(0.5, 0, "r", "two"), (0.25, 0, "s", "two"), (0.25, 1, "r", "one")]], 7, ())
+    for answers in ([old, new], [new, old]):
+        merged = merge(answers, GALLERIES, np.array([5]))
+        assert list(zip(merged.reference_ids, merged.subject_ids, merged.scores.tolist(), strict=True)) == [
+            ("r", "two", 0.5),
+            ("r", "one", 0.25),
+        ]
+        assert merged.sequence == 6
+
+
 @given(hits, st.integers(1, 4))
 def test_subjects_whose_hashes_collide_stay_two(found: list[Hit], rank_max: int) -> None:
     """Here all of them do. The floor drawn from hashes is then only lower than it might be."""
