@@ -13,6 +13,7 @@ from matcher_service.terms import (
     Actor,
     Alert,
     AuditEvent,
+    Checkpoint,
     EntryKind,
     Float32,
     Float64,
@@ -146,3 +147,29 @@ class GalleryLog(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+class AuditProofs(Protocol):
+    """What can be proved of the audit chain. Proofs are hexadecimal hashes, checked by `merkle`; the leaf of record
+    `index` is its hash, at place index - 1."""
+
+    async def checkpoint(self) -> Checkpoint:
+        """A signed checkpoint of every record committed before the call: the newest one if it covers them, else a
+        new one. Raises DataDamaged if records that a checkpoint covers are gone, LogUnavailable."""
+        ...
+
+    async def checkpoints(self, limit: int) -> list[Checkpoint]:
+        """The newest, newest first."""
+        ...
+
+    async def inclusion(self, index: int) -> tuple[Checkpoint, list[str]]:
+        """That record `index` (from 1) is covered by the checkpoint. Raises NotFound."""
+        ...
+
+    async def consistency(self, older: int) -> tuple[Checkpoint, list[str]]:
+        """That the first `older` records are an earlier state of what the checkpoint covers. Raises NotFound."""
+        ...
+
+    async def rotate_key(self, reason: str, actor: Actor) -> str:
+        """Sign with a new key from now on, which the old one vouches for in the audit; its public part."""
+        ...

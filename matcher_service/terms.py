@@ -642,6 +642,18 @@ class AuditEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Signed word on the audit: its first `size` records have this Merkle root. `root`, `key` (the public part of the
+    key it is signed under) and `signature` are hexadecimal."""
+
+    size: int
+    root: str
+    at_ms: int
+    key: str
+    signature: str
+
+
+@dataclass(frozen=True, slots=True)
 class EnrolMessage:
     """One message of references as an edge decoded it; parallel columns of n rows.
 

@@ -13,10 +13,13 @@ directory is synced: a key is durable before anything is sealed under it.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from cryptography.exceptions import InvalidTag
@@ -30,7 +33,9 @@ _NONCE_BYTES = 12
 
 
 class Keyring:
-    """The data keys of one data directory. Methods may be called from any thread.
+    """The data keys of one gallery log. Methods may be called from any thread, and several processes may share the
+    directory: one at a time makes or destroys keys, and a key that any of them destroyed is gone for all at its next
+    use.
 
     Removing a key overwrites and unlinks its file. On media that never overwrite in place (copy-on-write file
     systems, flash) the old blocks are beyond any program's reach; there, destroy the master key with the medium.
@@ -71,12 +76,21 @@ class Keyring:
         self._galleries.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._dir.chmod(0o700)
         if master in missing:
-            _write_durably(master, os.urandom(KEY_BYTES))
+            write_durably(master, os.urandom(KEY_BYTES))
             _sync_directory(self._dir.parent)
         self._load()
         if system in missing:
-            _write_durably(system, self._wrapped("system", os.urandom(KEY_BYTES)))
+            write_durably(system, self._wrapped("system", os.urandom(KEY_BYTES)))
             self._load()
+
+    def require(self) -> None:
+        """Raises StartRefused if master key or system key are missing; makes nothing."""
+        self._load()
+        if self._system is None:
+            raise StartRefused(
+                f"no keys in {self._dir}",
+                hint="set storage.keys_dir to the keys directory of the gateways; the first of them makes it",
+            )
 
     def _load(self) -> None:
         master, system = self._dir / "master.key", self._dir / "system.key"
@@ -89,7 +103,7 @@ class Keyring:
 
     def create(self, gallery_id: str) -> None:
         """Make a gallery's key durable. One that is there already stays. Raises Conflict if it was destroyed."""
-        with self._lock:
+        with self._lock, _held(self._galleries):
             if self._tombstone(gallery_id).exists():
                 raise Conflict(
                     f"the key of gallery {gallery_id} was destroyed",
@@ -98,7 +112,7 @@ class Keyring:
                 )
             path = self._path(gallery_id)
             if not path.exists():
-                _write_durably(path, self._wrapped(f"gallery:{gallery_id}", os.urandom(KEY_BYTES)))
+                write_durably(path, self._wrapped(f"gallery:{gallery_id}", os.urandom(KEY_BYTES)))
             self._gone.discard(gallery_id)
 
     def key(self, gallery_id: str) -> bytes:
@@ -130,11 +144,11 @@ class Keyring:
 
     def destroy(self, gallery_id: str, at_ms: int) -> None:
         """Remove a gallery's key for good; durable on return. Repeating it, or there being no key, is no error."""
-        with self._lock:
+        with self._lock, _held(self._galleries):
             tombstone = self._tombstone(gallery_id)
             if not tombstone.exists():
                 note = json.dumps({"gallery_id": gallery_id, "destroyed_at_ms": at_ms}, sort_keys=True)
-                _write_durably(tombstone, note.encode())
+                write_durably(tombstone, note.encode())
             path = self._path(gallery_id)
             if path.exists():
                 with path.open("r+b", buffering=0) as file:
@@ -147,15 +161,27 @@ class Keyring:
 
     def _find(self, gallery_id: str) -> tuple[bytes, AESGCM] | None:
         with self._lock:
-            found = self._ciphers.get(gallery_id)
-            if found is None and gallery_id not in self._gone:
-                path = self._path(gallery_id)
-                if self._tombstone(gallery_id).exists() or not path.exists():
+            if gallery_id in self._gone:
+                return None
+            found, path = self._ciphers.get(gallery_id), self._path(gallery_id)
+            # Looked for every time: another process may have made the key since, or destroyed it.
+            if not path.exists():
+                self._ciphers.pop(gallery_id, None)
+                if self._tombstone(gallery_id).exists():
                     self._gone.add(gallery_id)
-                    return None
+                return None
+            if found is None and not self._tombstone(gallery_id).exists():
                 data_key = self._unwrapped(f"gallery:{gallery_id}", path)
                 found = self._ciphers[gallery_id] = (data_key, AESGCM(data_key))
             return found
+
+    def wrap(self, name: str, secret: bytes) -> bytes:
+        """A secret of the service under the master key, to be kept in a file."""
+        return self._wrapped(name, secret)
+
+    def unwrap(self, name: str, path: Path) -> bytes:
+        """What `wrap` gave, from its file. Raises DataDamaged if it fails its authentication."""
+        return self._unwrapped(name, path)
 
     def _path(self, gallery_id: str) -> Path:
         return self._galleries / f"{hashlib.sha256(gallery_id.encode()).hexdigest()}.key"
@@ -195,7 +221,8 @@ def _read_exactly(path: Path, size: int) -> bytes:
     return content
 
 
-def _write_durably(path: Path, content: bytes) -> None:
+def write_durably(path: Path, content: bytes) -> None:
+    """Put the content in the place of the file, for its owner only; durable on return."""
     aside = path.with_name(path.name + ".tmp")
     aside.unlink(missing_ok=True)
     descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -204,6 +231,17 @@ def _write_durably(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
     aside.rename(path)
     _sync_directory(path.parent)
+
+
+@contextmanager
+def _held(directory: Path) -> Iterator[None]:
+    """Keep other processes from changing keys meanwhile."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _sync_directory(path: Path) -> None:
