@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 CORES := $(shell nproc 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cluster test-long test-ops ops-files lint bench bench-search wire clean
+.PHONY: help demo test test-cluster test-long test-ops ops-files lint bench bench-search bench-soak wire clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -84,6 +84,9 @@ bench-gateway: $(VENV)/.bench  ## what the path from socket to decision costs, s
 bench-load: $(VENV)/.bench  ## latency against load, then edge nodes and clerks on a match day
 	@$(BIN)/python -m benchmarks.open_loop --png docs/latency-against-rate.png
 	@$(BIN)/locust -f benchmarks/locustfile.py --headless --only-summary --shape match-day
+
+bench-soak: $(VENV)/.bench  ## memory and open files over half an hour of ordinary use
+	@$(BIN)/python -m benchmarks.soak
 
 bench-comparison: $(VENV)/.comparison  ## this service beside what one would use instead
 	@$(BIN)/python -m benchmarks.comparison

@@ -10,13 +10,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks import closed_loop, comparison, gateway, open_loop
+from benchmarks import closed_loop, comparison, gateway, open_loop, soak
 from benchmarks.served import service
 from matcher_service.terms import SpaceId
 from matcher_service.wire import matcher_pb2 as pb
@@ -80,6 +80,25 @@ def test_the_open_loop_answers_or_counts_every_message(tmp_path: Path) -> None:
         assert row["sent"] > 0
         assert row["p50_ms"] <= row["p99_ms"] <= row["max_ms"]
     assert drawn.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_soak_tells_a_leak_from_a_warm_up() -> None:
+    def samples(megabytes: Callable[[float], float]) -> list[soak.Sample]:
+        return [soak.Sample(at, megabytes(at), 30, 10, 0) for at in range(0, 1800, 10)]
+
+    assert abs(soak.slope_mb_per_min(samples(lambda at: min(at, 300) + 200), 300)) < 1e-9
+    assert soak.slope_mb_per_min(samples(lambda at: 200 + 2 * at / 60), 300) == pytest.approx(2)
+
+
+def test_the_soak_answers_rightly_while_streams_and_references_come_and_go() -> None:
+    process = ended("-m", "benchmarks.soak", "--references", "300", "--dimension", "256", "--mated", "0.2", "--seconds", "2", "--warm-up-s", "0", "--every-s", "0.5",
+                    "--rate", "200", "--clerk-s", "0.1", "--json")  # fmt: skip
+    # Two seconds have a slope of their own, which may fail it: that is not what is tested here.
+    found = json.loads(process.stdout)
+    assert found["wrong"] == 0, process.stderr[-3000:]
+    assert found["outcomes"]["ALERT"] > 0
+    assert found["enrolled"] == found["withdrawn"] > 0
+    assert found["streams"] > 0
 
 
 def test_a_late_generator_makes_the_run_invalid() -> None:
