@@ -7,10 +7,11 @@ Read from a TOML file (`matcher serve --config matcher.toml`) and from the envir
 from __future__ import annotations
 
 import ipaddress
+import re
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from matcher_service.errors import StartRefused
@@ -28,6 +29,9 @@ class ServerSettings(Section):
     tls_key_file: Path | None = Field(None, description="PEM private key of the service.")
     metrics_port: int = Field(0, ge=0, le=65535, description="Own port of /metrics beyond loopback; 0: none.")
     metrics_host: str = Field("127.0.0.1", description="Address of that port.")
+    share_ports: bool = Field(
+        False, description="Several gateways of a cluster listen on these ports of one machine, each with its metrics."
+    )
     drain_s_max: float = Field(20.0, gt=0, description="Longest wait for admitted work at shutdown.")
 
 
@@ -37,6 +41,9 @@ class StorageSettings(Section):
     idempotency_window_h: float = Field(24.0, gt=0, le=24 * 31, description="How long an enrolment key is remembered.")
     erase_within_h: float = Field(
         1.0, gt=0, le=24, description="Templates of withdrawn and expired references are erased within this."
+    )
+    audit_checkpoint_every_s: float = Field(
+        60.0, gt=0, le=3600, description="A signed checkpoint of the audit is made this often, if anything was added."
     )
     alert_retention_d: float = Field(31.0, gt=0, le=365, description="Lifetime of an alert record.")
 
@@ -85,6 +92,28 @@ class EmbedderSettings(Section):
     )
 
 
+class ClusterSettings(Section):
+    log_url: SecretStr = Field(
+        SecretStr(""), description="postgresql://user:password@host/database of the gallery log; empty: no cluster."
+    )
+    shards: tuple[tuple[str, ...], ...] = Field(
+        (), description="Per shard the host:port[/model] of its replicas on Triton, the model being gallery_shard."
+    )
+    models: tuple[str, ...] = Field(
+        (), description="host:port of Triton servers with template_adapter and score_calibrator; empty: in process."
+    )
+    hedge_after_ms: int = Field(
+        100, ge=1, description="A replica that has not answered by then has another one of its shard asked as well."
+    )
+    answer_within_ms: int = Field(
+        1000, ge=10, description="Longest wait for a shard; then its partitions are named as missing."
+    )
+
+    @property
+    def on(self) -> bool:
+        return bool(self.log_url.get_secret_value())
+
+
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix="MATCHER_",
@@ -101,6 +130,7 @@ class Settings(BaseSettings):
     batching: BatchingSettings = BatchingSettings()  # type: ignore[call-arg]
     index: IndexSettings = IndexSettings()  # type: ignore[call-arg]
     embedder: EmbedderSettings = EmbedderSettings()  # type: ignore[call-arg]
+    cluster: ClusterSettings = ClusterSettings()  # type: ignore[call-arg]
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error.")
 
     @model_validator(mode="after")
@@ -122,7 +152,42 @@ class Settings(BaseSettings):
             )
         if self.admission.probes_in_flight_per_credential_max > self.admission.probes_in_flight_max:
             raise ValueError("admission: the permits of one credential exceed those in all")
+        self._consistent_cluster()
         return self
+
+    def _consistent_cluster(self) -> None:
+        cluster = self.cluster
+        if not cluster.on:
+            if cluster.shards or cluster.models:
+                raise ValueError("cluster.log_url is not set: the shards of a cluster follow a log in PostgreSQL")
+            if self.server.share_ports:
+                raise ValueError("server.share_ports is for the gateways of a cluster: set cluster.log_url")
+            return
+        if not cluster.log_url.get_secret_value().startswith("postgresql://"):
+            raise ValueError("cluster.log_url: not a postgresql:// address")
+        if not cluster.shards or not all(cluster.shards):
+            raise ValueError('cluster.shards: name at least one replica of each shard, [["host:port"], ...]')
+        replicas = [one for shard in cluster.shards for one in shard]
+        twice = {one for one in replicas if replicas.count(one) > 1}
+        if twice:
+            raise ValueError(f"cluster.shards: {', '.join(sorted(twice))} is named twice")
+        for one in replicas:
+            # Each by itself: what answers behind one name for several could not be told apart (law 5).
+            if not re.fullmatch(r"[^/\s]+:\d+(/[^/\s]+)?", one):
+                raise ValueError(f"cluster.shards: {one!r} is neither host:port nor host:port/model")
+        if cluster.hedge_after_ms >= cluster.answer_within_ms:
+            raise ValueError("cluster.hedge_after_ms is not below answer_within_ms: no other replica would be asked")
+        if cluster.answer_within_ms >= self.limits.deadline_ms_default:
+            raise ValueError(
+                "cluster.answer_within_ms is not below limits.deadline_ms_default: with a shard gone, probes would be "
+                "refused for their deadline instead of answered with what is missing"
+            )
+        if self.storage.keys_dir is None:
+            raise ValueError("storage.keys_dir is not set: gateways and shards need one directory of keys in common")
+        if self.server.share_ports and not (
+            self.server.http_port and self.server.grpc_port and self.server.metrics_port
+        ):
+            raise ValueError("server.share_ports: name http_port and grpc_port, and a metrics_port of its own for each")
 
     @classmethod
     def settings_customise_sources(

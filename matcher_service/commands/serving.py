@@ -96,7 +96,8 @@ def _row(section: str, name: str, field: Any, value: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
+    # Paths, and secrets, which show as asterisks.
+    return value if value is None or isinstance(value, str | int | float | tuple) else str(value)
 
 
 def _toml(value: Any) -> str:
