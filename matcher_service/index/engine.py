@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from matcher_service.errors import DataDamaged, MemoryRefused
 from matcher_service.index.compaction import CompactionBudget, SegmentSize, to_rewrite
@@ -27,6 +28,8 @@ from matcher_service.terms import EntryKind, Int64, LogEntry, SearchRequest, Sea
 TAIL_ROWS_MAX = 8192
 # Entries applied between two publications: bounds how long a block keeps its parts waiting.
 _ENTRIES_AT_ONCE = 4096
+# Rows that `end_rows` judges between two looks at the lock.
+_ROWS_JUDGED_AT_ONCE = 16_384
 
 
 class BuildScanner(Protocol):
@@ -160,16 +163,19 @@ class Engine:
 
     # --- applying ----------------------------------------------------------------------------------
 
-    def apply(self, entries: Sequence[LogEntry]) -> None:
+    def apply(self, entries: Sequence[LogEntry], through: int = 0) -> None:
         """Apply committed entries in order; those at or below the sequence applied are skipped.
 
-        Raises MemoryRefused or DataDamaged before anything of the block is applied.
+        `through`, if it is beyond the last entry, says that the log up to there has no more that this index is to
+        hold. Raises MemoryRefused or DataDamaged before anything of the block is applied.
         """
         with self._writing:
             fresh = [entry for entry in entries if entry.sequence > self._view.sequence]
             self._judge(fresh)
             for start in range(0, len(fresh), _ENTRIES_AT_ONCE):
                 self._apply_some(fresh[start : start + _ENTRIES_AT_ONCE])
+            if through > self._view.sequence:
+                self._reach(through, set())
 
     def _judge(self, entries: Sequence[LogEntry]) -> None:
         dimensions = {gallery_id: state.dimension for gallery_id, state in self._states.items()}
@@ -230,7 +236,10 @@ class Engine:
                 touched.add(gallery_id)
         for gallery_id, some in changes.items():
             self._change(gallery_id, self._states[gallery_id], some)
-        sequence = entries[-1].sequence
+        self._reach(entries[-1].sequence, touched)
+
+    def _reach(self, sequence: int, touched: set[str]) -> None:
+        """Publish that everything up to `sequence` is applied."""
         if sequence >= self._restored_sequence:
             for gallery_id, state in self._states.items():
                 if state.rebuilding:
@@ -308,6 +317,75 @@ class Engine:
                 galleries[gallery_id] = state.view()
                 self._bytes[gallery_id] = state.bytes_in_memory()
         self._view = View(sequence, galleries)
+
+    # --- what is held, as a whole ------------------------------------------------------------------
+
+    def adopt(self, other: Engine) -> None:
+        """Hold what `other` holds as well, from one moment to the next, and leave it empty.
+
+        Both have applied the log up to the same sequence and share no reference; nobody uses `other` meanwhile.
+        """
+        if other.sequence != self.sequence:
+            raise ValueError(f"adopting at sequence {self.sequence} from an index at {other.sequence}")
+        with self._writing:
+            given = other._surrender()
+            for gallery_id, state in given.items():
+                mine = self._states.setdefault(gallery_id, GalleryState(state.dimension))
+                for segment in state.segments:
+                    segment.file = None
+                mine.segments += state.segments
+            self._changed = True
+            self._publish(given, self._view.sequence)
+
+    def _surrender(self) -> dict[str, GalleryState]:
+        with self._writing:
+            for gallery_id, state in self._states.items():
+                self._freeze(gallery_id, state)
+            given, self._states = self._states, {}
+            self._bytes.clear()
+            self._view = View(self._view.sequence, {})
+            # Files of an index that gave everything away would look complete, and be empty.
+            self._changed = False
+            return given
+
+    def end_rows(self, chosen: Callable[[str, Sequence[bytes]], NDArray[np.bool_]], at_ms: int) -> int:
+        """End the live rows whose references `chosen(gallery_id, references)` marks, as of the sequence applied;
+        returns how many. Called by one thread at a time; searches and applying go on meanwhile, and no entry that
+        is applied meanwhile brings a row that would be chosen. `at_ms` is when they ended.
+
+        The log knows nothing of this: until a snapshot taken later is in the files, a restart brings the rows back.
+        """
+        with self._writing:
+            for gallery_id, state in self._states.items():
+                self._freeze(gallery_id, state)
+            self._publish(self._states, self._view.sequence)
+        ended = 0
+        judged: list[Segment] = []
+        while (left := self._not_in(judged)) is not None:
+            gallery_id, segment = left
+            rows = segment.live_rows()
+            for start in range(0, len(rows), _ROWS_JUDGED_AT_ONCE):
+                some = rows[start : start + _ROWS_JUDGED_AT_ONCE]
+                gone = some[chosen(gallery_id, [segment.reference_id(row) for row in some.tolist()])]
+                with self._writing:
+                    before = segment.dead
+                    for row in gone.tolist():
+                        segment.end(row, self._view.sequence, at_ms)
+                    ended += segment.dead - before
+            judged.append(segment)
+        with self._writing:
+            self._changed = True
+            self._publish(self._states, self._view.sequence)
+        return ended
+
+    def _not_in(self, judged: Sequence[Segment]) -> tuple[str, Segment] | None:
+        # A segment that a rewrite made meanwhile is looked at again: what ended too late to be carried over is in it.
+        with self._writing:
+            for gallery_id, state in self._states.items():
+                for segment in state.segments:
+                    if segment not in judged:
+                        return gallery_id, segment
+        return None
 
     # --- rewriting ---------------------------------------------------------------------------------
 

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import structlog
+from numpy.typing import NDArray
 
 from matcher_service.errors import ShuttingDown
 from matcher_service.index.compaction import CompactionBudget
@@ -141,9 +143,29 @@ class LocalShard:
     async def search(self, request: SearchRequest) -> SearchResult:
         return await self._run(self._searching, lambda: self._engine.search(request))
 
-    async def apply(self, entries: Sequence[LogEntry]) -> None:
-        if entries:
-            await self._run(self._applying, lambda: self._engine.apply(entries))
+    def search_here(self, request: SearchRequest) -> SearchResult:
+        """`search` in the calling thread, for which `fastscan.one_thread` has been called."""
+        if self._closed:
+            raise ShuttingDown("the shard is closed", hint="ask another node")
+        return self._engine.search(request)
+
+    async def apply(self, entries: Sequence[LogEntry], through: int = 0) -> None:
+        """`through`: the log up to there has nothing more that this shard is to hold."""
+        if entries or through:
+            await self._run(self._applying, lambda: self._engine.apply(entries, through))
+
+    async def adopt(self, other: LocalShard) -> None:
+        """Hold what `other` holds as well; see `Engine.adopt`. What is left to do with `other` is to close it."""
+        await self._run(self._applying, lambda: self._engine.adopt(other._engine))
+
+    async def end_rows(self, chosen: Callable[[str, Sequence[bytes]], NDArray[np.bool_]]) -> int:
+        """End the live rows whose references are chosen; see `Engine.end_rows`."""
+        return await self._run(self._tending, lambda: self._engine.end_rows(chosen, self._clock.wall_ms()))
+
+    async def write_files(self) -> tuple[Erased, ...] | None:
+        """Make the files hold what is held now; the rows that have left them. None: not while a gallery is being
+        rebuilt. Raises OSError."""
+        return await self._run(self._tending, self._write_files)
 
     async def status(self) -> ShardStatus:
         return await self._run(self._applying, self._engine.status)
@@ -167,16 +189,16 @@ class LocalShard:
         if due and self._engine.changed:
             self._snapshot_at = now
             try:
-                erased = self._write_files()
+                erased = self._write_files() or ()
             except OSError as error:
                 # The log is the truth: nothing is lost, but a restart replays more and erasure waits.
                 _log.error("index_files_not_written", detail=str(error), hint="free space in the data directory")
         return Upkeep(rows > 0, erased, self._clock.wall_ms())
 
-    def _write_files(self) -> tuple[Erased, ...]:
+    def _write_files(self) -> tuple[Erased, ...] | None:
         snapshot = self._engine.snapshot()
         if snapshot is None:
-            return ()
+            return None
         try:
             self._snapshots.write(snapshot)
         except BaseException:
