@@ -39,6 +39,17 @@ class Metrics:
         self.rejections = Counter(
             "matcher_rejections_total", "Probes rejected, by cause.", ("cause",), registry=registry
         )
+        self.case_probes = Counter(
+            "matcher_case_probes_total",
+            "Probes of case searches answered, by kind of gallery searched.",
+            ("kind",),
+            registry=registry,
+        )
+        self.climbs = Counter(
+            "matcher_climbs_total",
+            "Credentials stopped because their candidates climbed on one subject.",
+            registry=registry,
+        )
         self.station_seconds = Histogram(
             "matcher_station_seconds",
             "Time spent in each station of a flow, per message or batch.",
@@ -89,6 +100,27 @@ class Metrics:
             ("how",),
             registry=registry,
         )
+        self.replica_answers = Counter(
+            "matcher_replica_answers_total",
+            "Searches of a shard's replica by result: counted; stale (older than the freshness lease) or behind (the "
+            "sequence required), which do not count; none (in time).",
+            ("result",),
+            registry=registry,
+        )
+        self.replica_fresh = Gauge(
+            "matcher_replica_fresh",
+            "1 while a replica answers and knew itself caught up within the freshness lease, else 0.",
+            ("replica",),
+            registry=registry,
+        )
+        self.replica_sequence = Gauge(
+            "matcher_replica_sequence", "Sequence that a replica told last.", ("replica",), registry=registry
+        )
+        self.partitions_missing = Gauge(
+            "matcher_partitions_missing",
+            "Partitions, of 256, that no fresh replica holds: answers are incomplete while there are any.",
+            registry=registry,
+        )
         self.streams_open = Gauge("matcher_streams_open", "Open gRPC streams.", registry=registry)
         self.index_bytes = Gauge("matcher_index_bytes", "Memory held by the index.", registry=registry)
         self.index_budget_bytes = Gauge(
@@ -104,6 +136,16 @@ class Metrics:
         self.erase_within_seconds = Gauge(
             "matcher_erase_within_seconds",
             "Withdrawn and expired templates are erased within this (storage.erase_within_h).",
+            registry=registry,
+        )
+        self.audit_checkpoint = Gauge(
+            "matcher_audit_checkpoint_timestamp_seconds",
+            "Unix time at which a signed checkpoint last covered every audit record; 0: not since the start.",
+            registry=registry,
+        )
+        self.audit_checkpoint_every_seconds = Gauge(
+            "matcher_audit_checkpoint_every_seconds",
+            "A checkpoint is made this often (storage.audit_checkpoint_every_s).",
             registry=registry,
         )
         self.ready = Gauge("matcher_ready", "1 while /readyz answers 200, else 0.", registry=registry)

@@ -10,11 +10,16 @@ import ipaddress
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from matcher_service.errors import StartRefused
+from matcher_service.terms import Scope
+
+# What a person's roles can open: an edge node is no person, and an exchange is not a role.
+_GRANTABLE = frozenset(Scope) - {Scope.EDGE, Scope.TOKEN_EXCHANGE}
 
 
 class Section(BaseModel):
@@ -27,6 +32,9 @@ class ServerSettings(Section):
     grpc_port: int = Field(8081, ge=0, le=65535, description="gRPC port; 0 takes a free one.")
     tls_certificate_file: Path | None = Field(None, description="PEM certificate chain of the service.")
     tls_key_file: Path | None = Field(None, description="PEM private key of the service.")
+    tls_client_ca_file: Path | None = Field(
+        None, description="PEM authority of client certificates; set: every gRPC caller must show one (mutual TLS)."
+    )
     metrics_port: int = Field(0, ge=0, le=65535, description="Own port of /metrics beyond loopback; 0: none.")
     metrics_host: str = Field("127.0.0.1", description="Address of that port.")
     share_ports: bool = Field(
@@ -46,6 +54,9 @@ class StorageSettings(Section):
         60.0, gt=0, le=3600, description="A signed checkpoint of the audit is made this often, if anything was added."
     )
     alert_retention_d: float = Field(31.0, gt=0, le=365, description="Lifetime of an alert record.")
+    audit_detail_retention_d: float = Field(
+        731.0, gt=0, le=2192, description="After this the personal detail beside an audit record is erased."
+    )
 
 
 class LimitSettings(Section):
@@ -82,6 +93,29 @@ class IndexSettings(Section):
     memory_bytes_max: int = Field(0, ge=0, description="Budget of the index; 0: 70% of the machine's memory.")
     segment_rows_max: int = Field(1_000_000, ge=1000, description="Rows at which a segment is sealed.")
     threads: int = Field(0, ge=0, description="Threads of a search; 0: all cores.")
+
+
+class AccessSettings(Section):
+    oidc_issuer: str = Field("", description="Issuer (iss) of persons' tokens; empty: persons have no way in.")
+    oidc_audience: str = Field("", description="What aud of a person's token must name.")
+    oidc_jwks_file: Path | None = Field(None, description="The issuer's public keys (JWKS) as a file; this or the URL.")
+    oidc_jwks_url: str = Field("", description="Where the issuer's public keys (JWKS) are; https beyond loopback.")
+    oidc_algorithms: tuple[str, ...] = Field(("RS256", "ES256"), description="Signatures accepted; asymmetric only.")
+    oidc_leeway_s: float = Field(30.0, ge=0, le=300, description="How far the issuer's clock may be off.")
+    oidc_lifetime_s_max: float = Field(3600.0, gt=0, le=86_400, description="A person's token may live this long.")
+    oidc_roles_claim: str = Field("roles", description="Claim with a person's roles; a path such as a.b.")
+    oidc_roles: dict[str, tuple[str, ...]] = Field(
+        {},
+        description="Scopes of a role of the issuer; a role that is not named here stands for the scope of its name.",
+    )
+    oidc_galleries_claim: str = Field(
+        "galleries", description="Claim with the galleries a person has rights over; * for all, without it none."
+    )
+    person_probes_per_s_max: int = Field(100, ge=1, description="Probes of one person per second.")
+    edge_token_s: int = Field(900, ge=30, le=3600, description="Lifetime of a token that an edge credential is given.")
+    case_probes_per_h_max: int = Field(
+        2000, ge=1, le=100_000, description="Probes of one case, and of one credential under cases, in an hour."
+    )
 
 
 class EmbedderSettings(Section):
@@ -130,6 +164,7 @@ class Settings(BaseSettings):
     batching: BatchingSettings = BatchingSettings()  # type: ignore[call-arg]
     index: IndexSettings = IndexSettings()  # type: ignore[call-arg]
     embedder: EmbedderSettings = EmbedderSettings()  # type: ignore[call-arg]
+    access: AccessSettings = AccessSettings()  # type: ignore[call-arg]
     cluster: ClusterSettings = ClusterSettings()  # type: ignore[call-arg]
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error.")
 
@@ -138,6 +173,9 @@ class Settings(BaseSettings):
         server, limits = self.server, self.limits
         if (server.tls_certificate_file is None) != (server.tls_key_file is None):
             raise ValueError("server: tls_certificate_file and tls_key_file must be set together")
+        if server.tls_client_ca_file is not None and server.tls_certificate_file is None:
+            raise ValueError("server: tls_client_ca_file needs tls_certificate_file and tls_key_file")
+        _judge_access(self.access)
         if not is_loopback(server.host) and server.tls_certificate_file is None:
             raise ValueError(
                 f"server.host {server.host} is not loopback: set tls_certificate_file and tls_key_file, "
@@ -205,6 +243,29 @@ class Settings(BaseSettings):
     @property
     def keys_dir(self) -> Path:
         return self.storage.keys_dir or self.storage.data_dir / "keys"
+
+
+_ASYMMETRIC = frozenset(
+    ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA", "Ed25519")
+)
+
+
+def _judge_access(access: AccessSettings) -> None:
+    if not access.oidc_algorithms or not set(access.oidc_algorithms) <= _ASYMMETRIC:
+        raise ValueError(f"access.oidc_algorithms: name some of {', '.join(sorted(_ASYMMETRIC))}")
+    for role, scopes in access.oidc_roles.items():
+        if not set(scopes) <= _GRANTABLE:
+            raise ValueError(f"access.oidc_roles: role {role!r} may open {', '.join(sorted(_GRANTABLE))}")
+    if not access.oidc_issuer:
+        return
+    if not access.oidc_audience:
+        raise ValueError("access.oidc_audience is empty: tokens for any service of the issuer would open this one")
+    if (access.oidc_jwks_file is None) == (not access.oidc_jwks_url):
+        raise ValueError("access: set one of oidc_jwks_file and oidc_jwks_url")
+    if access.oidc_jwks_url:
+        parts = urlsplit(access.oidc_jwks_url)
+        if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(parts.hostname or "")):
+            raise ValueError("access.oidc_jwks_url must be https: keys that come in clear can be anybody's")
 
 
 def is_loopback(host: str) -> bool:

@@ -543,9 +543,8 @@ class ProbeMessage:
 
     `templates` float32 [n, d] (finite or not), `captured_at_ms` int64 [n]; exactly one of
     `deployment_id` and `case_reference` is set. `gallery_ids` empty: all that the authority allows.
-    `received_at` and `deadline` are monotonic seconds. `stream_nonce` (b"": none) and `stream_sequence` name the
-    message among those of its stream, whatever becomes of the connection; `connection` numbers the gRPC stream that
-    it came on (0: a unary call).
+    `received_at` and `deadline` are monotonic seconds. `stream_nonce` (b"": none) and `stream_sequence` number each
+    sending of a stream, whatever becomes of its connection.
     """
 
     actor: Actor
@@ -566,7 +565,6 @@ class ProbeMessage:
     camera_id: str = ""
     stream_nonce: bytes = b""
     stream_sequence: int = 0
-    connection: int = 0
 
 
 class Candidate(NamedTuple):

@@ -1,0 +1,1 @@
+"""Who may do what: authentication, scopes, and the conduct of a credential."""
