@@ -107,13 +107,18 @@ def verify(records: Iterable[Mapping[str, object]], previous: str = CHAIN_START,
             raise _damaged(index, "it lacks a field or holds a value that is not JSON") from unfit
         if record.get("hash") != expected:
             raise _damaged(index, "its hash is not that of its content")
-        detail, salt = record.get("detail"), record.get("salt")
-        if detail is not None and record["detail_digest"] != detail_digest(
-            bytes.fromhex(str(salt or "")), canonical(detail)
-        ):
+        if record.get("detail") is not None and not _detail_fits(record):
             raise _damaged(index, "its detail is not the one that was recorded")
         previous = expected
     return index, previous
+
+
+def _detail_fits(record: Mapping[str, object]) -> bool:
+    try:
+        salt = bytes.fromhex(str(record.get("salt") or ""))
+    except ValueError:
+        return False
+    return record["detail_digest"] == detail_digest(salt, canonical(record["detail"]))
 
 
 def _damaged(index: int, why: str) -> DataDamaged:

@@ -34,7 +34,9 @@ from matcher_service.catalogue import Catalogue
 from matcher_service.clock import LawfulTime, SystemClock
 from matcher_service.enrol import Writing
 from matcher_service.errors import MatcherError, StartRefused
-from matcher_service.gallery.log import open_sqlite_log
+from matcher_service.gallery.log import SqlGalleryLog, open_sqlite_log
+from matcher_service.gallery.proofs import SqlAuditProofs
+from matcher_service.gallery.signing import SigningKeys
 from matcher_service.gateway import credentials
 from matcher_service.gateway.grpc import build_grpc_server
 from matcher_service.gateway.http import build_http_app
@@ -46,7 +48,7 @@ from matcher_service.models.embedder.card import read_card
 from matcher_service.models.embedder.outcome import TemplateMaker
 from matcher_service.models.local import LocalModels
 from matcher_service.replay import Replay
-from matcher_service.seams import Clock, GalleryLog
+from matcher_service.seams import Clock
 from matcher_service.settings import EmbedderSettings, Settings, is_loopback
 from matcher_service.shards.local import LocalShard
 
@@ -170,7 +172,7 @@ async def _serving(
     settings: Settings,
     clock: Clock,
     metrics: Metrics,
-    log: GalleryLog,
+    log: SqlGalleryLog,
     shard: LocalShard,
     token: str,
     token_file: Path,
@@ -208,6 +210,8 @@ async def _serving(
     identify = Identify(catalogue, probes, batcher, replay, log, feed, time, clock, metrics)
     writing = Writing(catalogue, references, models, log, replay, time, clock, settings.limits, metrics)
 
+    proofs = SqlAuditProofs(log, SigningKeys(settings.keys_dir / "audit", log.keyring))
+
     ready = False
 
     def readiness() -> tuple[bool, str]:
@@ -230,12 +234,15 @@ async def _serving(
         clock=clock,
         credentials=credentials.BearerToken(token),
         templates=templates,
+        proofs=proofs,
     )
     metrics.ready.set_function(lambda: float(readiness()[0]))
     tasks = _Tasks()
     tasks.start("replay", replay.run())
     tasks.start("batcher", batcher.run())
     tasks.start("tend", upkeep.tend(shard, log, metrics))
+    every_s = settings.storage.audit_checkpoint_every_s
+    tasks.start("checkpoint", upkeep.checkpoint_when_due(proofs, clock, metrics, every_s))
     erase_within_s = settings.storage.erase_within_h * 3600
     tasks.start("erase", upkeep.erase_when_due(log, time, clock, metrics, erase_within_s))
     try:
@@ -268,6 +275,7 @@ def _publish_setup(settings: Settings, metrics: Metrics) -> None:
     }
     metrics.build.info(versions)
     metrics.index_budget_bytes.set(budget_bytes(settings.index.memory_bytes_max))
+    metrics.audit_checkpoint_every_seconds.set(settings.storage.audit_checkpoint_every_s)
     metrics.erase_within_seconds.set(settings.storage.erase_within_h * 3600)
     metrics.data_free_bytes.set_function(lambda: shutil.disk_usage(data_dir).free)
     metrics.data_size_bytes.set_function(lambda: shutil.disk_usage(data_dir).total)

@@ -16,6 +16,7 @@ from prometheus_client.metrics import MetricWrapperBase
 LATENCY_BUCKETS_S = (
     0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.07, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0,
 )  # fmt: skip
+SCORE_BUCKETS = tuple(step / 20 for step in range(-4, 20))
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -75,6 +76,20 @@ class Metrics:
         self.queue_probes = Gauge("matcher_queue_probes", "Admitted probes that wait for a batch.", registry=registry)
         self.permits_in_use = Gauge(
             "matcher_permits_in_use", "Admission permits held, in probes or references.", ("flow",), registry=registry
+        )
+        self.best_score = Histogram(
+            "matcher_best_score",
+            "Best score of probes that raised no alert, one in watch.score_sample_every.",
+            buckets=SCORE_BUCKETS,
+            registry=registry,
+        )
+        self.score_drift = Gauge(
+            "matcher_score_drift",
+            "Largest distance between the distribution of the best scores of late and the calibrated one, 0 to 1.",
+            registry=registry,
+        )
+        self.score_drift_suspected = Gauge(
+            "matcher_score_drift_suspected", "1 if that distance is large and no chance, else 0.", registry=registry
         )
         self.references_live = Gauge(
             "matcher_references_live", "Searchable references.", ("gallery",), registry=registry

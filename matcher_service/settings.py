@@ -118,6 +118,12 @@ class AccessSettings(Section):
     )
 
 
+class WatchSettings(Section):
+    score_sample_every: int = Field(
+        1000, ge=0, description="One live probe in so many has its best score counted, to see drift; 0: none."
+    )
+
+
 class EmbedderSettings(Section):
     card: str = Field("", description="Model card: dlib-resnet29, or the path of a card file; empty: no /v1/templates.")
     files_dir: Path | None = Field(None, description="Folder with the card's files; default: the package of the extra.")
@@ -163,6 +169,7 @@ class Settings(BaseSettings):
     admission: AdmissionSettings = AdmissionSettings()  # type: ignore[call-arg]
     batching: BatchingSettings = BatchingSettings()  # type: ignore[call-arg]
     index: IndexSettings = IndexSettings()  # type: ignore[call-arg]
+    watch: WatchSettings = WatchSettings()  # type: ignore[call-arg]
     embedder: EmbedderSettings = EmbedderSettings()  # type: ignore[call-arg]
     access: AccessSettings = AccessSettings()  # type: ignore[call-arg]
     cluster: ClusterSettings = ClusterSettings()  # type: ignore[call-arg]

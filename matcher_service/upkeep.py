@@ -9,9 +9,9 @@ from typing import Protocol
 import structlog
 
 from matcher_service.clock import LawfulTime
-from matcher_service.errors import AuditUnavailable, LogUnavailable
+from matcher_service.errors import AuditUnavailable, DataDamaged, LogUnavailable
 from matcher_service.metrics import Metrics
-from matcher_service.seams import Clock, GalleryLog
+from matcher_service.seams import AuditProofs, Clock, GalleryLog
 from matcher_service.terms import AuditEvent, ShardStatus
 
 TEND_EVERY_S = 1.0
@@ -66,6 +66,19 @@ async def erase_when_due(
         except (LogUnavailable, AuditUnavailable) as error:
             _log.error("erasure_delayed", detail=str(error))
         await asyncio.sleep(max(0.0, every_s - (clock.monotonic() - began)))
+
+
+async def checkpoint_when_due(proofs: AuditProofs, clock: Clock, metrics: Metrics, every_s: float) -> None:
+    """Have the audit signed every so often, until cancelled."""
+    while True:
+        try:
+            await proofs.checkpoint()
+            metrics.audit_checkpoint.set(clock.wall_ms() / 1000)
+        except LogUnavailable as error:
+            _log.error("checkpoint_delayed", detail=str(error))
+        except DataDamaged as error:
+            _log.critical("audit_damaged", detail=str(error))
+        await asyncio.sleep(every_s)
 
 
 async def tend(shard: Tended, log: GalleryLog, metrics: Metrics) -> None:

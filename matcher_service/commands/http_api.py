@@ -63,8 +63,8 @@ class HttpApi:
     def get(self, path: str, **query: str | int) -> Any:
         return self._ask("GET", path, query)
 
-    def post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        return self._ask("POST", path, {}, body)
+    def post(self, path: str, body: Mapping[str, Any] | None = None, **query: str) -> Any:
+        return self._ask("POST", path, query, body)
 
     def delete(self, path: str, **query: str) -> Any:
         return self._ask("DELETE", path, query)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,6 +15,7 @@ from matcher_service.commands.options import (
     AsJson,
     CaFile,
     Http,
+    Reason,
     Server,
     TokenFile,
     client_to,
@@ -127,51 +129,126 @@ def list_audit(
             )
 
 
-@audit.command("verify")
-def verify_audit(
-    noted: Annotated[
-        str,
-        typer.Option(help="INDEX:HASH noted elsewhere earlier; shows that nothing before it was cut off or redone."),
-    ] = "",
+@audit.command("checkpoint")
+def make_checkpoint(
+    file: Annotated[Path | None, typer.Option("--out", help="File to write it to; keep it on another system.")] = None,
     http: Http = HTTP_URL,
     token_file: TokenFile = None,
     ca_file: CaFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check the whole chain: every hash, every link, every detail that has not been erased.
-
-    Note the index and hash it ends with somewhere else: only that can show later that nothing was cut off its end.
-    """
-    from matcher_service import audit as chain
-    from matcher_service.errors import DataDamaged, InvalidInput
-
-    noted_index, noted_hash = 0, ""
-    if noted:
-        text, _, noted_hash = noted.partition(":")
-        if not (text.isascii() and text.isdigit() and noted_hash):
-            raise InvalidInput(f"{noted!r} is not INDEX:HASH", field="noted", hint="as `audit verify` printed it")
-        noted_index = int(text)
-    found_hash = ""
-
-    def watched(records: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        nonlocal found_hash
-        for record in records:
-            yield record
-            # Resumed only after the record was found good.
-            if record["index"] == noted_index:
-                found_hash = record["hash"]
+    """Have all records of the audit covered by a signed checkpoint, to be kept elsewhere."""
+    import json
 
     with api_to(http, token_file, ca_file) as api:
-        index, head = chain.verify(watched(api.pages(path_of("audit"), "records", "after", 0, after=0)))
-    if noted and found_hash != noted_hash:
-        raise DataDamaged(
-            f"record {noted_index} "
-            + (
-                "does not exist: the chain was cut" if noted_index > index else f"has the hash {found_hash or '(none)'}"
-            ),
-            hint="keep the database as it is, and compare it with a backup",
-        )
-    if as_json:
-        print_json({"intact": True, "index": index, "hash": head})
+        made = api.post(path_of("audit", "checkpoints"))
+    if file is not None:
+        _write(file, [json.dumps(made, sort_keys=True, separators=(",", ":")).encode() + b"\n"])
+    if as_json or file is None:
+        print_json(made)
     else:
-        typer.echo(f"Intact: {index} records. To note elsewhere: {index}:{head}")
+        typer.echo(f"Checkpoint of {made['size']} records, root {made['root']}, written to {file}.")
+
+
+@audit.command("export")
+def export_audit(
+    file: Annotated[Path, typer.Argument(help="A new file; one line for each record, the checkpoint last.")],
+    http: Http = HTTP_URL,
+    token_file: TokenFile = None,
+    ca_file: CaFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the whole audit to a file that `audit verify FILE` can check anywhere."""
+    from itertools import islice
+
+    from matcher_service import audit_proofs
+    from matcher_service.terms import Checkpoint
+
+    with api_to(http, token_file, ca_file) as api:
+        made = Checkpoint(**api.post(path_of("audit", "checkpoints")))
+        found = islice(api.pages(path_of("audit"), "records", "after", 0, after=0), made.size)
+        _write(file, audit_proofs.export_lines(found, made))
+    if as_json:
+        print_json({"file": str(file), "records": made.size, "root": made.root})
+    else:
+        typer.echo(f"{made.size} records, root {made.root}, written to {file}.")
+
+
+@audit.command("rotate-key")
+def rotate_key(
+    reason: Reason,
+    http: Http = HTTP_URL,
+    token_file: TokenFile = None,
+    ca_file: CaFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Sign checkpoints with a new key from now on. The old key vouches for it in the audit."""
+    with api_to(http, token_file, ca_file) as api:
+        done = api.post(path_of("audit", "keys"), reason=reason)
+    if as_json:
+        print_json(done)
+    else:
+        typer.echo(f"Checkpoints are signed with the key {done['key']} from now on.")
+
+
+def _write(file: Path, lines: Iterable[bytes]) -> None:
+    """Raises InvalidInput if the file is there already or cannot be written."""
+    from matcher_service.errors import InvalidInput
+
+    try:
+        with file.open("xb") as out:
+            out.writelines(lines)
+    except OSError as error:
+        raise InvalidInput(
+            f"cannot write {file}: {error.strerror}", field="file", hint="name a new file in a folder that exists"
+        ) from error
+
+
+@audit.command("verify")
+def verify_audit(
+    file: Annotated[
+        Path | None,
+        typer.Argument(help="What `audit export` wrote; checked without the service. Without: the service's."),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A checkpoint kept elsewhere: what it covers must be unchanged.")
+    ] = None,
+    key: Annotated[str, typer.Option(help="The public signing key, hexadecimal, if no checkpoint is at hand.")] = "",
+    http: Http = HTTP_URL,
+    token_file: TokenFile = None,
+    ca_file: CaFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check every byte, link, root and signature of the audit, and that nothing of a checkpoint kept elsewhere is gone.
+
+    Only a checkpoint or key kept elsewhere can show that the audit was not cut off or made anew as a whole.
+    """
+    from dataclasses import asdict
+    from itertools import islice
+
+    from matcher_service import audit_proofs
+    from matcher_service.errors import InvalidInput
+    from matcher_service.terms import Checkpoint
+
+    try:
+        kept = audit_proofs.decode_checkpoint(checkpoint.read_bytes()) if checkpoint else None
+        if file is not None:
+            with file.open("rb") as lines:
+                verified = audit_proofs.verify_export(lines, kept, key)
+        else:
+            with api_to(http, token_file, ca_file) as api:
+                made = Checkpoint(**api.post(path_of("audit", "checkpoints")))
+                found = islice(api.pages(path_of("audit"), "records", "after", 0, after=0), made.size)
+                verified = audit_proofs.verify_export(audit_proofs.export_lines(found, made), kept, key)
+    except OSError as error:
+        raise InvalidInput(
+            f"cannot read {error.filename}: {error.strerror}", field="file", hint="check the path"
+        ) from error
+    if as_json:
+        print_json({"intact": True, **asdict(verified)})
+        return
+    typer.echo(f"Intact: {verified.records} records, root {verified.checkpoint.root}.")
+    if verified.compared:
+        typer.echo(f"The first {verified.compared} are those of the checkpoint kept elsewhere.")
+    if not verified.key_known:
+        typer.echo(f"Signed by {verified.checkpoint.key}: compare it with the key you know, or give --checkpoint.")

@@ -1,7 +1,8 @@
-"""The gallery log over SQL: one thread owns all writes, a few threads read.
+"""The gallery log over SQL: one thread owns all writes of this process, a few threads read.
 
 Callers' appends wait in a bounded inbox; the owner takes what waits, judges it in order and commits it in one
-transaction, so that the price of syncing the disk is shared. Receipts are given only after the commit returned.
+transaction, so that the price of syncing the disk is shared. Receipts are given only after the commit returned, or
+was found to have been done.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -58,6 +60,9 @@ _JOBS_WAITING_MAX = 4096
 _WRITES_WAITING_MAX = 131_072
 READERS = 3
 _RETRY_AFTER_MS = 200
+# How long a transaction whose connection broke waits for another one; callers wait with it.
+RECONNECT_S_MAX = 2.0
+_RECONNECT_EVERY_S = 0.05
 _OF_REFERENCES = frozenset((EntryKind.ENROL, EntryKind.WITHDRAW))
 
 T = TypeVar("T")
@@ -90,18 +95,40 @@ class Database(Protocol):
 
     @property
     def writer(self) -> Engine:
-        """Connections whose transactions exclude each other from their beginning."""
+        """Connections whose transactions exclude each other, in every process, from their beginning."""
         ...
 
     @property
     def reader(self) -> Engine: ...
 
+    @property
+    def shared(self) -> bool:
+        """Whether other processes may write to it as well."""
+        ...
+
     def prepare(self) -> None:
-        """Make the tables, or bring them to the newest version."""
+        """Make the tables, or bring them to the newest version. Raises StartRefused if it cannot be relied on."""
+        ...
+
+    def check(self) -> None:
+        """Raises StartRefused unless it can be read as it is."""
+        ...
+
+    def announce(self, connection: Connection, sequence: int, at_ms: int) -> None:
+        """Let other processes be told of the newest entry, once the transaction of this connection is committed."""
+        ...
+
+    def follow(self, tell: Callable[[int, int], None]) -> None:
+        """From now on call `tell` with sequence and time of the newest entry when others have committed some, from a
+        thread that ends with `dispose`."""
+        ...
+
+    def lost(self, failure: BaseException) -> bool:
+        """Whether the connection broke, so that another one may work, and can tell what became of a commit."""
         ...
 
     def wipe(self) -> bool:
-        """See to it that nothing which a committed transaction removed is left on disk; False: try again."""
+        """See to it that nothing which a committed transaction removed is left where it was; False: try again."""
         ...
 
     def dispose(self) -> None: ...
@@ -118,11 +145,13 @@ class SqlGalleryLog:
             idempotency_window_ms=round(settings.idempotency_window_h * 3_600_000),
             erase_within_ms=round(settings.erase_within_h * 3_600_000),
             alert_retention_ms=round(settings.alert_retention_d * 86_400_000),
+            audit_detail_retention_ms=round(settings.audit_detail_retention_d * 86_400_000),
         )
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="gallery-log-read")
         self._inbox = Inbox(_JOBS_WAITING_MAX, _WRITES_WAITING_MAX)
         self._owner: threading.Thread | None = None
         self._state = CatalogueState()
+        self._wiping = threading.Lock()
         self._wipe_pending = False
         self._doomed: set[str] = set()
         self._news = threading.Lock()
@@ -143,21 +172,31 @@ class SqlGalleryLog:
             with self._database.writer.begin() as connection:
                 newest = connection.execute(_NEWEST).first()
                 self._state.catch_up(connection)
-            # A process that was killed may have left erased pages in the write-ahead log.
-            self._wipe_pending = not self._database.wipe()
+                # Inside the transaction: of several processes that start at once, one makes the keys.
+                self._keyring.prepare(fresh=newest is None)
+            # A process that was killed may have left erased pages behind. Where that takes a while it is done with
+            # the first erasure.
+            self._wipe_pending = self._database.shared or not self._database.wipe()
         except (SQLAlchemyError, OSError) as broken:
-            raise StartRefused(
-                f"the gallery log {self._database} cannot be opened: {_first_line(broken)}",
-                hint="check the disk and the file's owner, or restore the database from a backup",
-            ) from broken
+            raise _cannot_open(self._database, broken) from broken
         if newest is not None:
             self._head, self._newest_at_ms = newest
-        self._keyring.prepare(fresh=newest is None)
         self._settle_keys()
+        self._database.follow(self._tell)
         # A process that dies without closing the log must not hang on this thread: what it cuts off was not
         # acknowledged.
         self._owner = threading.Thread(target=self._own, name="gallery-log-write", daemon=True)
         self._owner.start()
+
+    def open_for_reading(self) -> None:
+        """The same for a process that never writes: tables and keys must be there already."""
+        try:
+            self._database.check()
+        except (SQLAlchemyError, OSError) as broken:
+            raise _cannot_open(self._database, broken) from broken
+        self._keyring.require()
+        self._inbox.close()
+        self._database.follow(self._tell)
 
     def _settle_keys(self) -> None:
         for gallery_id in self._state.deleted:
@@ -196,6 +235,8 @@ class SqlGalleryLog:
 
     async def erase(self, now_ms: int) -> int:
         erased: int = await self._put(EraseJob(now_ms), LogUnavailable)
+        # Not in the owner's thread: other writes need not wait for it.
+        await asyncio.to_thread(self._wipe, erased > 0)
         return erased
 
     async def transact(self, work: Callable[[WriteTransaction], T]) -> T:
@@ -210,6 +251,8 @@ class SqlGalleryLog:
         try:
             accepted = self._inbox.put(job)
         except RuntimeError:
+            if self._owner is None:
+                raise unavailable("the gallery log was opened for reading only") from None
             raise unavailable("the gallery log is closed", cause=Cause.SHUTTING_DOWN) from None
         if not accepted:
             raise unavailable(
@@ -237,18 +280,26 @@ class SqlGalleryLog:
 
     def _attempt(self, jobs: list[Job]) -> BaseException | None:
         """Serve the jobs and give the answers; or give none, and return what went wrong."""
-        try:
-            answers = self._commit(jobs)
-        except BaseException as failure:
-            self._recover()
-            return failure
+        until = time.monotonic() + RECONNECT_S_MAX
+        while True:
+            try:
+                answers = self._commit(jobs)
+                break
+            except BaseException as failure:
+                self._recover()
+                if not self._database.lost(failure) or self._closed or time.monotonic() > until:
+                    return failure
+                # Nothing was committed, so that it can be done again.
+                time.sleep(_RECONNECT_EVERY_S)
         for job, answer in zip(jobs, answers, strict=True):
             job.answer.set_result(answer)
         return None
 
     def _commit(self, jobs: Sequence[Job]) -> list[Any]:
         answers: list[Any] = []
-        with self._database.writer.begin() as connection:
+        unknown: SQLAlchemyError | None = None
+        with self._database.writer.connect() as connection:
+            begun = connection.begin()
             transaction = WriteTransaction(connection, self._keyring, self._state, self._terms, self._clock.wall_ms())
             for job in jobs:
                 match job:
@@ -265,16 +316,40 @@ class SqlGalleryLog:
                         except CallerFault as refusal:
                             answers.append(refusal.with_traceback(None))
             transaction.flush()
-        # Log time is that of the newest entry: a transaction without one must not move it, or references judged by
-        # log time would be read by another.
-        self._tell(transaction.sequence, transaction.at_ms if transaction.sequence > self._head else 0)
+            if transaction.wrote:
+                self._database.announce(connection, transaction.sequence, transaction.newest_at_ms)
+            try:
+                begun.commit()
+            except SQLAlchemyError as failure:
+                if not self._database.lost(failure):
+                    raise
+                unknown = failure
+        if unknown is not None and not self._stored(transaction):
+            raise unknown
+        self._tell(transaction.sequence, transaction.newest_at_ms)
         self._doomed.update(transaction.destroyed)
         if self._doomed:
             self._destroy_keys(transaction.at_ms)
             _qualify(jobs, answers, self._doomed)
-        if any(isinstance(job, EraseJob) for job in jobs):
-            self._wipe(any(answers))
         return answers
+
+    def _stored(self, transaction: WriteTransaction) -> bool:
+        """Whether a transaction was committed although the connection broke before that was answered. It is asked
+        under the write lock, which is free only when that transaction has ended. Raises LogUnavailable if the answer
+        cannot be had in time."""
+        until = time.monotonic() + RECONNECT_S_MAX
+        while True:
+            try:
+                with self._database.writer.begin() as connection:
+                    stored = transaction.is_stored(connection)
+                    break
+            except (SQLAlchemyError, OSError) as broken:
+                if self._closed or time.monotonic() > until:
+                    raise _outcome_unknown() from broken
+            time.sleep(_RECONNECT_EVERY_S)
+        if stored is None:
+            raise _outcome_unknown()
+        return stored
 
     def _destroy_keys(self, at_ms: int) -> None:
         """Destroy the keys of deleted galleries; those that resist are tried again with the next transaction."""
@@ -287,13 +362,19 @@ class SqlGalleryLog:
                 self._doomed.discard(gallery_id)
 
     def _wipe(self, erased: bool) -> None:
-        """Leave no older version of a page behind: what was erased still stands in the write-ahead log."""
-        self._wipe_pending |= erased
-        if self._wipe_pending:
-            if not self._database.wipe():
+        """Leave no older version behind of what was erased."""
+        with self._wiping:
+            self._wipe_pending |= erased
+            if not self._wipe_pending:
+                return
+            try:
+                wiped = self._database.wipe()
+            except (SQLAlchemyError, OSError) as broken:
+                raise _unavailable(broken, LogUnavailable, "write") from broken
+            if not wiped:
                 raise LogUnavailable(
-                    "templates were erased, but a reader kept the write-ahead log from being truncated",
-                    hint="erase again",
+                    "templates were erased, but a reader still holds older versions of their pages",
+                    hint="erase again; if it stays so, look for a long transaction or a backup that is running",
                 )
             self._wipe_pending = False
 
@@ -312,6 +393,10 @@ class SqlGalleryLog:
     # --- news --------------------------------------------------------------------------------------
 
     async def head(self) -> int:
+        if self._database.shared:
+            newest = await self.query(lambda connection: connection.execute(_NEWEST).first())
+            self._tell(*(newest or (0, 0)))
+            return newest[0] if newest else 0
         return self._head
 
     async def wait_beyond(self, sequence: int) -> None:
@@ -390,6 +475,8 @@ class SqlGalleryLog:
         )
 
     async def _references(self, wanted: Any) -> list[Reference]:
+        if self._database.shared:
+            await self.head()
         now_ms = max(self._clock.wall_ms(), self._newest_at_ms)
         wanted = wanted.where(live.c.expires_at_ms > now_ms)
         return await self.query(lambda connection: [Reference(*row) for row in connection.execute(wanted)])
@@ -440,10 +527,19 @@ class SqlGalleryLog:
         if self._closed:
             raise LogUnavailable("the gallery log is closed", cause=Cause.SHUTTING_DOWN)
 
+        def once() -> T:
+            with self._database.reader.begin() as connection:
+                return query(connection)
+
         def run() -> T:
             try:
-                with self._database.reader.begin() as connection:
-                    return query(connection)
+                try:
+                    return once()
+                except SQLAlchemyError as broken:
+                    if not self._database.lost(broken):
+                        raise
+                    # The connection was of before a restart, as all in the pool were, which is now empty.
+                    return once()
             except (SQLAlchemyError, OSError) as broken:
                 raise _unavailable(broken, LogUnavailable, "read") from broken
 
@@ -516,8 +612,24 @@ def _translated(failure: BaseException, job: Job) -> BaseException:
 def _unavailable(broken: BaseException, unavailable: type[MatcherError], verb: str) -> MatcherError:
     return unavailable(
         f"the gallery log cannot be {'written' if verb == 'write' else 'read'}: {_first_line(broken)}",
-        hint="check the disk; an enrolment may be repeated with its idempotency key",
+        hint="check the database and its disk; an enrolment may be repeated with its idempotency key",
         retry_after_ms=_RETRY_AFTER_MS,
+    )
+
+
+def _outcome_unknown() -> LogUnavailable:
+    return LogUnavailable(
+        "the connection to the gallery log broke while it committed: it is not known whether the writes were stored",
+        hint="repeat them: with their idempotency keys enrolments are stored once",
+        retry_after_ms=_RETRY_AFTER_MS,
+    )
+
+
+def _cannot_open(database: Database, broken: BaseException) -> StartRefused:
+    return StartRefused(
+        f"the gallery log {database} cannot be opened: {_first_line(broken)}",
+        hint="check that the database runs and lets this account in, or the disk and the file's owner; "
+        "otherwise restore it from a backup",
     )
 
 

@@ -39,6 +39,7 @@ class Terms(NamedTuple):
     idempotency_window_ms: int
     erase_within_ms: int
     alert_retention_ms: int
+    audit_detail_retention_ms: int
 
 
 class Held(NamedTuple):
@@ -85,10 +86,13 @@ class WriteTransaction:
         self.terms = terms
         tail = connection.execute(_TAIL).first()
         self.sequence: int = tail.sequence if tail else 0
-        self.at_ms: int = max(wall_ms, tail.at_ms if tail else 0)
+        self._found: tuple[int, int] = (self.sequence, tail.at_ms if tail else 0)
+        self._newest_entry: tuple[object, ...] = ()
+        self.at_ms: int = max(wall_ms, self._found[1])
         chain = connection.execute(_AUDIT_TAIL).first()
         self._audit_position: int = chain.position if chain else 0
         self._audit_hash: str = chain.hash if chain else audit.CHAIN_START
+        self._found_hash = self._audit_hash
         state.catch_up(connection)
         self.destroyed: list[str] = []
         # What is known of `live`, including what is not yet stored (None: held nowhere); which of it has a row;
@@ -270,9 +274,13 @@ class WriteTransaction:
         detail: bytes = b"",
         erase_at_ms: int | None = None,
     ) -> None:
-        """Add the next audit record. `detail` is canonical JSON that may name persons, b"" for none."""
+        """Add the next audit record. `detail` is canonical JSON that may name persons, b"" for none; it is erased at
+        `erase_at_ms`, None: when details of the audit are. The chain says when, so that an earlier loss is found."""
         self._audit_position += 1
         salt = os.urandom(audit.SALT_BYTES) if detail else b""
+        if detail:
+            erase_at_ms = self.at_ms + self.terms.audit_detail_retention_ms if erase_at_ms is None else erase_at_ms
+            facts = {**facts, "detail_until_ms": erase_at_ms}
         record = audit.chained(
             index=self._audit_position,
             at_ms=self.at_ms,
@@ -293,9 +301,40 @@ class WriteTransaction:
 
     # --- to the tables -----------------------------------------------------------------------------
 
+    @property
+    def wrote(self) -> bool:
+        """Whether it has given out a sequence."""
+        return self.sequence > self._found[0]
+
+    @property
+    def newest_at_ms(self) -> int:
+        """Log time: that of the newest entry. A transaction without one must not move it, or references judged by
+        log time would be read by another."""
+        return self.at_ms if self.wrote else self._found[1]
+
+    def is_stored(self, connection: Connection) -> bool | None:
+        """Whether another transaction finds what this one wrote; None if it wrote nothing that can tell.
+
+        The newest audit record tells by its hash, and the newest entry by the nonce in what is sealed: after the
+        database has lost a commit, as on a standby that took over too early, another gateway may have written the
+        same enrolment in the same millisecond.
+        """
+        if self._audit_hash == self._found_hash:
+            return None
+        known = select(audit_record.c.hash).where(audit_record.c.position == self._audit_position)
+        if connection.execute(known).scalar() != self._audit_hash:
+            return False
+        if not self._newest_entry:
+            return True
+        sequence, *_, sealed, _, _ = self._newest_entry
+        found = connection.execute(select(entry.c.sealed).where(entry.c.sequence == sequence)).first()
+        return found is not None and found.sealed == sealed
+
     def flush(self) -> None:
         """Store what has been accepted so far."""
         connection = self.connection
+        if self._entries_out:
+            self._newest_entry = self._entries_out[-1]
         insert_many(connection, entry, self._entries_out)
         self._entries_out = []
         gone = [place for place in self._changed if place in self._stored]

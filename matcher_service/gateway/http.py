@@ -16,6 +16,7 @@ from matcher_service.errors import InvalidInput, MatcherError, NotFound
 from matcher_service.gateway import (
     decode_json,
     encode_json,
+    http_audit,
     http_catalogue,
     http_description,
     http_operation,
@@ -138,5 +139,7 @@ def build_http_app(service: Service) -> ASGIApp:
         http_operation.router(service),
     ):
         app.include_router(router)
+    if service.proofs is not None:
+        app.include_router(http_audit.router(service.proofs))
     http_description.add_to(app)
     return Guard(app, service, problem_response)

@@ -13,7 +13,7 @@ from matcher_service.catalogue import Catalogue
 from matcher_service.errors import MatcherError
 from matcher_service.metrics import Metrics
 from matcher_service.models.embedder.outcome import TemplateMaker
-from matcher_service.seams import Clock, GalleryLog
+from matcher_service.seams import AuditProofs, Clock, GalleryLog
 from matcher_service.settings import Settings
 from matcher_service.terms import Actor, Alert, EnrolMessage, IdentifyReply, ProbeMessage, Receipt, Write
 
@@ -40,7 +40,8 @@ class Service:
 
     `identify` and `enrol` answer row by row otherwise. `withdraw` takes (gallery_id, reference_ids, reason,
     actor), `withdraw_subject` (gallery_id or "", subject_id, reason, actor). `log` is only read here.
-    `ready` says whether requests can be served and, if not, why. `templates` is None where no embedder is configured.
+    `ready` says whether requests can be served and, if not, why. `templates` is None where no embedder is configured,
+    `proofs` where the log gives none.
     """
 
     identify: Callable[[ProbeMessage], Awaitable[IdentifyReply]]
@@ -57,3 +58,4 @@ class Service:
     clock: Clock
     credentials: Credentials
     templates: TemplateMaker | None = None
+    proofs: AuditProofs | None = None

@@ -72,7 +72,25 @@ async def _sqlite(directory: Path, clock: FakeClock) -> GalleryLog:
     return await open_sqlite_log(directory, directory / "keys", SETTINGS, clock)
 
 
-OPENERS: dict[str, Opener] = {"sqlite": _sqlite}
+def _on_sqlite(request: pytest.FixtureRequest) -> Opener:
+    return _sqlite
+
+
+def _on_postgres(request: pytest.FixtureRequest) -> Opener:
+    url = request.getfixturevalue("postgres_url")
+    # Imported only where there is a server: the default tests run without its driver.
+    from matcher_service.gallery.postgres import open_postgres_log
+
+    async def opened(directory: Path, clock: FakeClock) -> GalleryLog:
+        return await open_postgres_log(url, directory / "keys", SETTINGS, clock)
+
+    return opened
+
+
+OPENERS = [
+    pytest.param(_on_sqlite, id="sqlite"),
+    pytest.param(_on_postgres, id="postgres", marks=pytest.mark.cluster),
+]
 
 
 @dataclass
@@ -111,10 +129,10 @@ class World:
         return found
 
 
-@pytest.fixture(params=sorted(OPENERS))
+@pytest.fixture(params=OPENERS)
 async def world(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[World]:
     clock = FakeClock()
-    opener = OPENERS[request.param]
+    opener = request.param(request)
     made = World(await opener(tmp_path / "data", clock), clock, tmp_path / "data", opener)
     try:
         yield made
@@ -677,15 +695,23 @@ async def test_law_7_every_write_is_in_the_audit_with_its_sequences(stocked: Wor
     assert found[:1] == [
         ("clerk", "space.registered", "face/1 (8-d)", {"count": 1, "sequences": [[1, 1]]}, None),
     ]
+    # The chain says until when the personal detail stands beside it.
+    until = {"detail_until_ms": stocked.clock.wall_ms() + 731 * DAY_MS}
     assert found[3:] == [
         ("van 7", "reference.enrolled", "custody", {"count": 3, "sequences": [[4, 5], [7, 7]]}, None),
         ("van 7", "reference.enrolled", "immigration", {"count": 1, "sequences": [[6, 6]]}, None),
-        ("clerk", "reference.withdrawn", "custody", {"count": 1, "sequences": [[8, 8]]}, {"reason": "released"}),
+        (
+            "clerk",
+            "reference.withdrawn",
+            "custody",
+            {"count": 1, "sequences": [[8, 8]], **until},
+            {"reason": "released"},
+        ),
         (
             "clerk",
             "subject.withdrawn",
             "",
-            {"count": 1, "sequences": [[9, 9]]},
+            {"count": 1, "sequences": [[9, 9]], **until},
             {"reason": "asked", "subject_id": "s-b"},
         ),
     ]
