@@ -31,8 +31,8 @@ $(VENV)/.ops: $(VENV)/.dev
 	@touch $@
 
 $(VENV)/.cluster: $(VENV)/.dev
-	@echo "Installing the Triton client and the embedder into $(VENV)"
-	@$(PIP) -e '.[cpu,dev,triton,embedder,onnx]'
+	@echo "Installing the Triton client, the PostgreSQL driver and the embedder into $(VENV)"
+	@$(PIP) -e '.[cpu,dev,postgres,triton,embedder,onnx]'
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.core

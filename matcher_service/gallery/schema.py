@@ -8,6 +8,7 @@ without a change of format.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 from sqlalchemy import (
     BigInteger,
@@ -23,6 +24,7 @@ from sqlalchemy import (
     insert,
     literal_column,
 )
+from sqlalchemy.exc import DBAPIError
 
 metadata = MetaData(naming_convention={"ix": "ix_%(table_name)s_%(column_0_N_name)s", "pk": "pk_%(table_name)s"})
 
@@ -143,10 +145,49 @@ Index("ix_legal_hold_subject_id", legal_hold.c.subject_id)
 
 def insert_many(connection: Connection, table: Table, rows: list[tuple[object, ...]]) -> None:
     """Insert rows of plain values, one for each column in order; the driver gets them as they are, in one call."""
-    if rows:
+    if not rows:
+        return
+    if connection.dialect.name == "postgresql" and len(rows) >= _COPY_ROWS_MIN:
+        _copy(connection, table, rows)
+    else:
         connection.exec_driver_sql(_insertion(table, connection.dialect), rows)
+
+
+# Below that the second round trip of a COPY costs more than it saves.
+_COPY_ROWS_MIN = 32
+
+
+def _copy(connection: Connection, table: Table, rows: list[tuple[object, ...]]) -> None:
+    statement, types = _copying(table, connection.dialect)
+    cursor: Any = connection.connection.cursor()
+    try:
+        with cursor.copy(statement) as copy:
+            copy.set_types(types)
+            for row in rows:
+                copy.write_row(row)
+    except connection.dialect.loaded_dbapi.Error as failure:
+        # As SQLAlchemy does it for what it runs itself.
+        lost = connection.dialect.is_disconnect(failure, connection.connection.dbapi_connection, cursor)
+        if lost:
+            connection.invalidate(failure)
+        raise DBAPIError.instance(
+            statement, None, failure, connection.dialect.loaded_dbapi.Error, connection_invalidated=lost
+        ) from failure
+    finally:
+        cursor.close()
+
+
+@lru_cache(maxsize=64)
+def _copying(table: Table, dialect: Dialect) -> tuple[str, list[str]]:
+    types = [str(column.type.compile(dialect=dialect)).lower().partition(" collate")[0] for column in table.columns]
+    names = ", ".join(column.name for column in table.columns)
+    return f"COPY {table.name} ({names}) FROM STDIN (FORMAT binary)", types
 
 
 @lru_cache(maxsize=64)
 def _insertion(table: Table, dialect: Dialect) -> str:
-    return str(insert(table).compile(dialect=dialect))
+    if dialect.positional:
+        return str(insert(table).compile(dialect=dialect))
+    # The driver takes rows as they are, only not under the names that SQLAlchemy would give their values.
+    names = ", ".join(column.name for column in table.columns)
+    return f"INSERT INTO {table.name} ({names}) VALUES ({', '.join(['%s'] * len(table.columns))})"

@@ -8,13 +8,14 @@ until it is truncated, so erasure ends with `wipe`.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from sqlite3 import Connection as SqliteConnection
 
-from alembic import command
-from alembic.config import Config
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.pool import QueuePool
+
+from matcher_service.gallery.migrate import check_version, migrate
 
 FILE_NAME = "gallery.db"
 
@@ -27,6 +28,8 @@ _CHECKPOINT_BYTES = 64 * 1024 * 1024
 class SqliteDatabase:
     """The gallery log's database file. `writer` has one connection, whose transactions take the write lock at once;
     the `readers` connections of `reader` cannot write. Neither touches the disk before `prepare`."""
+
+    shared = False
 
     def __init__(self, path: Path, readers: int, busy_timeout_ms: int) -> None:
         self._path = path
@@ -62,6 +65,20 @@ class SqliteDatabase:
         with self.writer.begin() as connection:
             migrate(connection)
 
+    def check(self) -> None:
+        with self.reader.begin() as connection:
+            check_version(connection)
+
+    def announce(self, connection: Connection, sequence: int, at_ms: int) -> None:
+        """Nobody else is there to be told."""
+
+    def follow(self, tell: Callable[[int, int], None]) -> None:
+        """Nobody else commits."""
+
+    def lost(self, failure: BaseException) -> bool:
+        """Never: what a disk failed to sync may be read back and yet be gone after the next power cut."""
+        return False
+
     def wipe(self) -> bool:
         """Copy the write-ahead log into the file and cut it to nothing; False if a reader was in the way.
 
@@ -78,15 +95,6 @@ class SqliteDatabase:
     def dispose(self) -> None:
         self.reader.dispose()
         self.writer.dispose()
-
-
-def migrate(connection: Connection) -> None:
-    """Run the migrations that are missing, on this connection."""
-    config = Config()
-    config.set_main_option("script_location", "matcher_service.gallery:migrations")
-    config.set_main_option("path_separator", "os")
-    config.attributes["connection"] = connection
-    command.upgrade(config, "head")
 
 
 def _engine(path: Path, connections: int, begin: str, *pragmas: str) -> Engine:

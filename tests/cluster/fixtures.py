@@ -1,8 +1,10 @@
-"""One real tritonserver for the session, over the repository's own models as they are assembled for a CPU."""
+"""One real tritonserver for the session, over the repository's own models as they are assembled for a CPU; and one real
+PostgreSQL server."""
 
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from matcher_service.models.repository import assemble
+from tests.cluster import served_postgres
 from tests.cluster.served_triton import ServedTriton
 from tests.cluster.server_environment import ROOT, CannotServe, ServerEnvironment, prepare
 
@@ -43,6 +46,30 @@ def served_models(
         yield served
     finally:
         served.stop()
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[served_postgres.ServedPostgres]:
+    """One real PostgreSQL server for the session; a test makes itself a database on it (`create`) and drops it. Tests
+    that stop or kill the server have their own (`served_postgres.served_postgres`)."""
+    try:
+        if find_spec("psycopg") is None:
+            raise served_postgres.CannotServe("psycopg is not installed; make test-cluster installs what is needed")
+        served_postgres.programs()
+    except served_postgres.CannotServe as reason:
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"no PostgreSQL: {reason}")
+        pytest.skip(f"no PostgreSQL: {reason}")
+    with served_postgres.served_postgres() as served:
+        yield served
+
+
+@pytest.fixture
+def postgres_url(postgres_server: served_postgres.ServedPostgres) -> Iterator[str]:
+    """The address of an empty database of the test's own."""
+    name = f"test_{uuid.uuid4().hex}"
+    yield postgres_server.create(name)
+    postgres_server.drop(name)
 
 
 def weights_folder() -> Path:

@@ -10,8 +10,9 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, create_engine, select, text
 
+from matcher_service.gallery.migrate import migrate
 from matcher_service.gallery.schema import IS_CATALOGUE, entry, live, metadata
-from matcher_service.gallery.sqlite import SqliteDatabase, migrate
+from matcher_service.gallery.sqlite import SqliteDatabase
 from matcher_service.terms import EntryKind
 
 
