@@ -28,7 +28,7 @@ from benchmarks.closed_loop import Driven, Outcomes
 from benchmarks.galleries import gallery
 from benchmarks.served import Service, enrol, pinned, prepare, service, two_cores
 from benchmarks.stations import NOT_EMBEDDED, STATIONS, Alone, Wire, nothing_found
-from matcher_service import bootstrap, settings
+from matcher_service import bootstrap, forms, settings
 from matcher_service.shards.local import LocalShard
 from matcher_service.terms import SearchRequest, SearchResult, SpaceId
 
@@ -188,7 +188,7 @@ def markdown(rows: list[Row]) -> str:
 def serve(search: Search, profile: str | None) -> int:
     """The service of this benchmark: the product's own start, with the shard replaced if the search is free."""
     if search == "free":
-        setattr(bootstrap, "LocalShard", FreeShard)  # noqa: B010
+        setattr(forms, "LocalShard", FreeShard)  # noqa: B010
     loaded = settings.load()
     if profile is None:
         return bootstrap.serve(loaded)

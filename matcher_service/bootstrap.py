@@ -26,7 +26,7 @@ import uvicorn
 import uvloop
 from cryptography import x509
 
-from matcher_service import policy, process_lock, upkeep
+from matcher_service import forms, policy, process_lock, upkeep
 from matcher_service.admission import Admission, ServiceTime
 from matcher_service.alerts import AlertFeed
 from matcher_service.batching import Batcher
@@ -34,7 +34,7 @@ from matcher_service.catalogue import Catalogue
 from matcher_service.clock import LawfulTime, SystemClock
 from matcher_service.enrol import Writing
 from matcher_service.errors import MatcherError, StartRefused
-from matcher_service.gallery.log import SqlGalleryLog, open_sqlite_log
+from matcher_service.forms import Form
 from matcher_service.gallery.proofs import SqlAuditProofs
 from matcher_service.gallery.signing import SigningKeys
 from matcher_service.gateway import credentials
@@ -42,15 +42,12 @@ from matcher_service.gateway.grpc import build_grpc_server
 from matcher_service.gateway.http import build_http_app
 from matcher_service.gateway.service import Service
 from matcher_service.identify import Identify, Searching
-from matcher_service.index.memory import budget_bytes
+from matcher_service.live_scores import LiveScores
 from matcher_service.metrics import Metrics
 from matcher_service.models.embedder.card import read_card
 from matcher_service.models.embedder.outcome import TemplateMaker
-from matcher_service.models.local import LocalModels
-from matcher_service.replay import Replay
 from matcher_service.seams import Clock
 from matcher_service.settings import EmbedderSettings, Settings, is_loopback
-from matcher_service.shards.local import LocalShard
 
 # New objects between two looks of the garbage collector, and how many of those until it looks at older ones. A batch
 # of references is tens of thousands of small objects that die together: with the interpreter's 700 the collector
@@ -126,19 +123,12 @@ async def running(
     data_dir = settings.storage.data_dir
     with process_lock.held(data_dir):
         token, token_file = credentials.load_or_create(data_dir)
-        log = await open_sqlite_log(data_dir, settings.keys_dir, settings.storage, clock)
-        try:
-            shard = await LocalShard.open(data_dir / "index", log.keyring.key, settings.index, clock)
-            try:
-                async with (
-                    _template_maker(settings.embedder) as templates,
-                    _serving(settings, clock, metrics, log, shard, token, token_file, templates) as service,
-                ):
-                    yield service
-            finally:
-                await shard.close()
-        finally:
-            await log.close()
+        async with (
+            forms.opened(settings, clock, metrics) as form,
+            _template_maker(settings.embedder) as templates,
+            _serving(settings, clock, metrics, form, token, token_file, templates) as service,
+        ):
+            yield service
 
 
 @asynccontextmanager
@@ -172,15 +162,15 @@ async def _serving(
     settings: Settings,
     clock: Clock,
     metrics: Metrics,
-    log: SqlGalleryLog,
-    shard: LocalShard,
+    form: Form,
     token: str,
     token_file: Path,
     templates: TemplateMaker | None,
 ) -> AsyncIterator[Running]:
     admissions = settings.admission
-    time, models, catalogue, feed = LawfulTime(clock), LocalModels(), Catalogue(), AlertFeed()
-    replay = Replay(log, shard, catalogue, models, time, clock, metrics)
+    log, shard, models = form.log, form.shard, form.models
+    time, catalogue, feed = LawfulTime(clock), Catalogue(), AlertFeed()
+    replay = form.follow(catalogue, time)
     await replay.catch_up()
 
     batching = settings.batching
@@ -207,7 +197,8 @@ async def _serving(
         probes_max=batching.batch_probes_max,
         searchers=batching.batches_in_flight_max,
     )
-    identify = Identify(catalogue, probes, batcher, replay, log, feed, time, clock, metrics)
+    live_scores = LiveScores(settings.watch.score_sample_every, batcher, shard, clock, metrics)
+    identify = Identify(catalogue, probes, batcher, replay, log, feed, live_scores, time, clock, metrics)
     writing = Writing(catalogue, references, models, log, replay, time, clock, settings.limits, metrics)
 
     proofs = SqlAuditProofs(log, SigningKeys(settings.keys_dir / "audit", log.keyring))
@@ -217,7 +208,7 @@ async def _serving(
     def readiness() -> tuple[bool, str]:
         if not ready:
             return False, "starting or stopping"
-        return (True, "") if replay.refusal is None else (False, f"replay is stuck: {replay.refusal}")
+        return not replay.unready, replay.unready
 
     service = Service(
         identify=identify,
@@ -240,7 +231,8 @@ async def _serving(
     tasks = _Tasks()
     tasks.start("replay", replay.run())
     tasks.start("batcher", batcher.run())
-    tasks.start("tend", upkeep.tend(shard, log, metrics))
+    for name, work in form.beside.items():
+        tasks.start(name, work())
     every_s = settings.storage.audit_checkpoint_every_s
     tasks.start("checkpoint", upkeep.checkpoint_when_due(proofs, clock, metrics, every_s))
     erase_within_s = settings.storage.erase_within_h * 3600
@@ -274,7 +266,6 @@ def _publish_setup(settings: Settings, metrics: Metrics) -> None:
         "python": platform.python_version(),
     }
     metrics.build.info(versions)
-    metrics.index_budget_bytes.set(budget_bytes(settings.index.memory_bytes_max))
     metrics.audit_checkpoint_every_seconds.set(settings.storage.audit_checkpoint_every_s)
     metrics.erase_within_seconds.set(settings.storage.erase_within_h * 3600)
     metrics.data_free_bytes.set_function(lambda: shutil.disk_usage(data_dir).free)
@@ -293,7 +284,7 @@ async def _edges(service: Service, tasks: _Tasks) -> AsyncIterator[tuple[int, in
     grpc_server = build_grpc_server(service)
     grpc_port = await grpc_server.start()
     try:
-        listener = _bound(server.host, server.http_port, "http_port")
+        listener = _bound(server.host, server.http_port, "http_port", shared=server.share_ports)
         http = _HttpServer(
             uvicorn.Config(
                 build_http_app(service),
@@ -321,9 +312,10 @@ async def _edges(service: Service, tasks: _Tasks) -> AsyncIterator[tuple[int, in
 
 @asynccontextmanager
 async def _metrics_edge(service: Service) -> AsyncIterator[None]:
-    """The metrics on a port of their own, where one is set and the other ports are open to more than loopback."""
+    """The metrics on a port of their own, where one is set and the other ports are open to more than loopback, or to
+    other processes too."""
     server = service.settings.server
-    if not server.metrics_port or is_loopback(server.host):
+    if not server.metrics_port or (is_loopback(server.host) and not server.share_ports):
         yield
         return
     try:
@@ -344,11 +336,13 @@ async def _metrics_edge(service: Service) -> AsyncIterator[None]:
         thread.join()
 
 
-def _bound(host: str, port: int, field: str) -> socket.socket:
+def _bound(host: str, port: int, field: str, *, shared: bool) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # The protocol is named so that asyncio turns delayed sending off on every connection.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shared:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         listener.bind((host, port))
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Protocol
 
 import structlog
@@ -12,7 +13,7 @@ from matcher_service.clock import LawfulTime
 from matcher_service.errors import MatcherError, MemoryRefused, ReplayBehind
 from matcher_service.metrics import Metrics
 from matcher_service.seams import Clock, GalleryLog, Models, ReplayedShard
-from matcher_service.terms import EntryKind, LogEntry
+from matcher_service.terms import EnrolRun, EntryKind, LogEntry
 
 BLOCK_ENTRIES = 4096
 RETRY_S = 0.5
@@ -34,6 +35,11 @@ class Following(Protocol):
     @property
     def refusal(self) -> MatcherError | None:
         """Why they cannot obey what is written from now on, if they cannot."""
+        ...
+
+    @property
+    def unready(self) -> str:
+        """Why requests had better go to another process; "": no reason."""
         ...
 
     def missing(self) -> tuple[str, ...]:
@@ -87,6 +93,10 @@ class Replay:
     def refusal(self) -> MatcherError | None:
         """Why replay is stuck, if it is."""
         return self._refusal
+
+    @property
+    def unready(self) -> str:
+        return "" if self._refusal is None else f"replay is stuck: {self._refusal}"
 
     def missing(self) -> tuple[str, ...]:
         """What an answer of this process lacks now: the tail of the log, if replay is stuck."""
@@ -151,15 +161,17 @@ class Replay:
         self._metrics.log_sequence.set(entries[-1].sequence)
         # Time first: what the entries' own times already let expire must not be returned by a search that
         # sees them. The catalogue last: a gallery is offered only when the shard holds it.
-        self._time.observe(max(entry.at_ms for entry in entries))
+        run = entries if isinstance(entries, EnrolRun) else None
+        self._time.observe(run.at_ms if run else max(entry.at_ms for entry in entries))
         await self._shard.apply(entries)
-        await self._catalogue_applies([entry for entry in entries if entry.sequence > known_catalogue])
+        if run is None:
+            await self._catalogue_applies([entry for entry in entries if entry.sequence > known_catalogue])
         self._refusal = None
         async with self._progress:
             self._applied = entries[-1].sequence
             self._progress.notify_all()
         self._metrics.applied_sequence.set(self._applied)
-        if len(entries) < BLOCK_ENTRIES:
+        if len(entries) < BLOCK_ENTRIES if run is None else run.last_sequence >= await self._log.head():
             # That was the whole tail. Otherwise the next write, hours later, would look like a lag of hours.
             self._at_head()
         return True
@@ -174,7 +186,7 @@ class Replay:
             self._behind_since = now
         self._metrics.replay_lag_seconds.set(now - self._behind_since)
 
-    async def _catalogue_applies(self, entries: list[LogEntry]) -> None:
+    async def _catalogue_applies(self, entries: Sequence[LogEntry]) -> None:
         before = self._catalogue.spaces
         self._catalogue.apply(entries)
         if any(entry.kind is EntryKind.SPACE_REGISTERED for entry in entries):

@@ -105,23 +105,42 @@ class Asking:
         return answers
 
 
-class TritonEndpoints:
-    """Made on the event loop that uses it; `close` it there."""
+class TritonClients:
+    """One client per endpoint for the life of the process, whatever asks there: one for each call would leak. Made on
+    the event loop that uses it; `close` it there."""
 
-    def __init__(self, address: TritonAddress, clock: Clock | None = None) -> None:
+    def __init__(self) -> None:
+        self._clients: dict[str, Any] = {}
+
+    def client(self, endpoint: str) -> Any:
+        if endpoint not in self._clients:
+            self._clients[endpoint] = triton_aio.InferenceServerClient(endpoint, channel_args=list(CHANNEL_OPTIONS))
+        return self._clients[endpoint]
+
+    async def close(self) -> None:
+        for client in self._clients.values():
+            await client.close()
+
+
+class TritonEndpoints:
+    """Made on the event loop that uses it; `close` it there. `clients`: those of the process, which stay open; without
+    them it has its own."""
+
+    def __init__(
+        self, address: TritonAddress, clock: Clock | None = None, clients: TritonClients | None = None
+    ) -> None:
         if not address.endpoints:
             raise StartRefused("no Triton endpoint is named", field="endpoints", hint="for example 127.0.0.1:8001")
         self.address = address
         self._clock = clock or SystemClock()
-        self._clients = [
-            triton_aio.InferenceServerClient(endpoint, channel_args=list(CHANNEL_OPTIONS))
-            for endpoint in address.endpoints
-        ]
+        held = clients or TritonClients()
+        self._own = None if clients else held
+        self._clients = [held.client(endpoint) for endpoint in address.endpoints]
         self._turn = itertools.cycle(range(len(self._clients)))
 
     async def close(self) -> None:
-        for client in self._clients:
-            await client.close()
+        if self._own is not None:
+            await self._own.close()
 
     def deadline(self, call_s_max: float | None = None) -> float:
         """Monotonic seconds at which a call that starts now has taken its time."""

@@ -11,7 +11,7 @@ import structlog
 from matcher_service.clock import LawfulTime
 from matcher_service.errors import AuditUnavailable, DataDamaged, LogUnavailable
 from matcher_service.metrics import Metrics
-from matcher_service.seams import AuditProofs, Clock, GalleryLog
+from matcher_service.seams import AuditProofs, Clock, GalleryLog, Shard
 from matcher_service.terms import AuditEvent, ShardStatus
 
 TEND_EVERY_S = 1.0
@@ -96,6 +96,14 @@ async def tend(shard: Tended, log: GalleryLog, metrics: Metrics) -> None:
                 _log.error("erasure_record_delayed", detail=str(error))
         shown = publish(await shard.status(), metrics, shown)
         await asyncio.sleep(0 if done.more else TEND_EVERY_S)
+
+
+async def show(shard: Shard, metrics: Metrics) -> None:
+    """Publish the size of shards that others tend, until cancelled."""
+    shown: set[str] = set()
+    while True:
+        shown = publish(await shard.status(), metrics, shown)
+        await asyncio.sleep(TEND_EVERY_S)
 
 
 def _erasure(erased: ErasedRows) -> AuditEvent:

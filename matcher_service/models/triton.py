@@ -39,17 +39,26 @@ class TritonModels:
         self._adaptations: dict[tuple[SpaceId, SpaceId], bytes] = {}
 
     @classmethod
-    async def open(cls, endpoints: TritonEndpoints) -> TritonModels:
+    async def open(cls, endpoints: TritonEndpoints, *, one_is_enough: bool = False) -> TritonModels:
         """Prove with known values that every endpoint computes and hands over what it should. A server whose Python
         backend and numpy do not fit together answers everybody wrongly, without knowing it.
 
-        Raises ModelsUnavailable if an endpoint does not answer, StartRefused if it answers wrongly.
+        Raises ModelsUnavailable if an endpoint does not answer (with `one_is_enough`: if none does, so that a gateway
+        starts while a server is down), StartRefused if one answers wrongly.
         """
         row = hosted.check_row()[None]
-        for asking in endpoints.each(endpoints.deadline()):
-            adapted = await _known(asking, "template_adapter", "TEMPLATES", row, "ADAPTED")
+        silent: list[ModelsUnavailable] = []
+        around = endpoints.each(endpoints.deadline())
+        for asking in around:
+            try:
+                adapted = await _known(asking, "template_adapter", "TEMPLATES", row, "ADAPTED")
+                rates = await _known(asking, "score_calibrator", "SCORE", row.T, "RATE")
+            except ModelsUnavailable as error:
+                silent.append(error)
+                if not one_is_enough or len(silent) == len(around):
+                    raise
+                continue
             _prove(asking, "template_adapter", adapted, hosted.check_adapted())
-            rates = await _known(asking, "score_calibrator", "SCORE", row.T, "RATE")
             _prove(asking, "score_calibrator", rates, hosted.check_rates()[:, None])
         return cls(endpoints)
 
