@@ -6,23 +6,24 @@ searches obey it as well (law 5).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
-import numpy as np
 import structlog
 
-from matcher_service import policy
+from matcher_service import policy, reference_rows
 from matcher_service.admission import Admission
 from matcher_service.catalogue import Catalogue
 from matcher_service.clock import LawfulTime
 from matcher_service.errors import MatcherError, NotFound, ReplayBehind
 from matcher_service.metrics import Metrics
+from matcher_service.receipts import EnrolReceipts
 from matcher_service.replay import Following
 from matcher_service.seams import Clock, GalleryLog, Models
 from matcher_service.settings import LimitSettings
 from matcher_service.terms import (
     Actor,
-    Enrol,
     EnrolMessage,
     Receipt,
     Withdraw,
@@ -31,7 +32,12 @@ from matcher_service.terms import (
     WriteOutcome,
 )
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 _log = structlog.get_logger(__name__)
+
+_VALUES_IN_LOOP_MAX = 1 << 18
 
 # A withdrawal is acknowledged only when it is obeyed; the caller would rather wait than be told less.
 OBEYED_WITHIN_S = 30.0
@@ -61,7 +67,7 @@ class Writing:
         self._metrics = metrics
         self._log_seconds = metrics.station_seconds.labels("gallery_log")
 
-    async def enrol(self, message: EnrolMessage) -> list[Receipt | MatcherError]:
+    async def enrol(self, message: EnrolMessage) -> EnrolReceipts:
         """One receipt or refusal per reference, in order, after what was accepted is durable.
 
         Raises MatcherError if the message as a whole is refused.
@@ -72,48 +78,21 @@ class Writing:
             stuck = self._replay.refusal
             if stuck is not None:
                 raise stuck
-            refusals = policy.judge_templates(message.templates).refusals
-            for field in ("reference_ids", "subject_ids"):
-                refusals |= policy.require_ids(getattr(message, field), field, self._limits.id_bytes_max)
-            rows = [row for row in range(len(message.reference_ids)) if row not in refusals]
-            adapted = await self._models.adapt(message.space, gallery.space, message.templates[rows])
-            stored = adapted.astype("<f2")
-            directed = np.asarray(stored.any(axis=1))
-            width = stored.shape[1] * stored.itemsize
-            templates = stored.tobytes()
-            writes: list[Write] = []
-            written: list[int] = []
-            for at, row in enumerate(rows):
-                if not directed[at]:
-                    refusals[row] = policy.zero_template(row)
-                    continue
-                reference_id = message.reference_ids[row]
-                key = f"{message.idempotency_key}\n{reference_id}" if message.idempotency_key else ""
-                writes.append(
-                    Enrol(
-                        gallery_id=message.gallery_id,
-                        reference_id=reference_id,
-                        subject_id=message.subject_ids[row],
-                        template=templates[at * width : (at + 1) * width],
-                        expires_at_ms=int(message.expires_at_ms[row]),
-                        replace=message.replace,
-                        idempotency_key=key,
-                    )
-                )
-                written.append(row)
-            answers: list[Receipt | MatcherError | None] = [
-                refusals.get(row) for row in range(len(message.reference_ids))
-            ]
-            for row, answer in zip(written, await self._append(writes, message.actor), strict=True):
-                answers[row] = _at_row(answer, row)
-        done = [answer for answer in answers if answer is not None]
-        self._metrics.enrolled.inc(
-            sum(
-                isinstance(answer, Receipt) and answer.outcome in (WriteOutcome.ENROLLED, WriteOutcome.REPLACED)
-                for answer in done
-            )
-        )
-        return done
+            size, id_bytes_max = message.templates.size, self._limits.id_bytes_max
+            rows, refusals = await _computed(size, reference_rows.judged, message, id_bytes_max)
+            receipts = EnrolReceipts.of([])
+            if len(rows):
+                templates = reference_rows.templates_of(message, rows)
+                adapted = await self._models.adapt(message.space, gallery.space, templates)
+                stored, directed = await _computed(size, reference_rows.as_stored, adapted)
+                if not directed.all():
+                    refusals |= {row: policy.zero_template(row) for row in rows[~directed].tolist()}
+                    rows, stored = rows[directed], stored[directed]
+                began = self._clock.monotonic()
+                receipts = await self._log.enrol(reference_rows.wish(message, rows, stored), message.actor)
+                self._log_seconds.observe(self._clock.monotonic() - began)
+        self._metrics.enrolled.inc(receipts.written)
+        return reference_rows.in_message(receipts, rows, refusals, len(message.reference_ids))
 
     async def withdraw(self, gallery_id: str, reference_ids: Sequence[str], reason: str, actor: Actor) -> Receipt:
         """End the searchability of these references now. Raises NotFound if none of them is live; those that
@@ -175,8 +154,8 @@ def _receipt(answer: Receipt | MatcherError) -> Receipt:
     return answer
 
 
-def _at_row(answer: Receipt | MatcherError, row: int) -> Receipt | MatcherError:
-    """The log judges one reference; the caller sent a column."""
-    if isinstance(answer, MatcherError) and answer.field in ("expires_at_ms", "templates"):
-        answer.field = f"{answer.field}[{row}]"
-    return answer
+async def _computed(size: int, work: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
+    """Arithmetic over `size` values; in a thread if the event loop would stand still for more than a millisecond."""
+    if size <= _VALUES_IN_LOOP_MAX:
+        return work(*args, **named)
+    return await asyncio.to_thread(work, *args, **named)

@@ -9,11 +9,13 @@ from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from matcher_service.errors import MatcherError
+from matcher_service.receipts import EnrolReceipts
 from matcher_service.terms import (
     Actor,
     Alert,
     AuditEvent,
     Checkpoint,
+    EnrolRows,
     EntryKind,
     Float32,
     Float64,
@@ -105,9 +107,15 @@ class GalleryLog(Protocol):
         """
         ...
 
-    async def read(self, after: int, limit: int, kinds: Collection[EntryKind] | None = None) -> list[LogEntry]:
-        """Committed entries with sequence > after, in order, at most `limit`; [] if there are none. With
-        `kinds` only those kinds, and without visiting the others one by one."""
+    async def enrol(self, rows: EnrolRows, actor: Actor) -> EnrolReceipts:
+        """Judge and commit many enrolments as `append` does with an Enrol for each row. The key of a row is that of the
+        message and its reference. Their order in the log need not be that of the rows."""
+        ...
+
+    async def read(self, after: int, limit: int, kinds: Collection[EntryKind] | None = None) -> Sequence[LogEntry]:
+        """Committed entries with sequence > after, in order, at most `limit`; empty if there are none. With
+        `kinds` only those kinds, and without visiting the others one by one. May be an EnrolRun, and may then end
+        before `limit` though there are more."""
         ...
 
     async def head(self) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -391,6 +391,92 @@ class ChangeThreshold(NamedTuple):
 
 class RegisterSpace(NamedTuple):
     space: TemplateSpace
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EnrolRows:
+    """Wish: put many references into a gallery; parallel columns of n rows. `templates` float16 [n, d], C order, each
+    row as the template of a LogEntry; `expires_at_ms` int64 [n] and `attributes` (empty: none) as in Enrol.
+    `idempotency_key` stands for them all and is remembered for each reference.
+    """
+
+    gallery_id: str
+    reference_ids: Sequence[str]
+    subject_ids: Sequence[str]
+    templates: NDArray[np.float16]
+    expires_at_ms: Int64
+    replace: bool = False
+    idempotency_key: str = ""
+    attributes: Sequence[bytes] = ()
+
+    def __len__(self) -> int:
+        return len(self.reference_ids)
+
+    def row(self, row: int) -> Enrol:
+        """The wish of one row alone."""
+        reference_id = self.reference_ids[row]
+        return Enrol(
+            gallery_id=self.gallery_id,
+            reference_id=reference_id,
+            subject_id=self.subject_ids[row],
+            template=self.templates[row].tobytes(),
+            expires_at_ms=int(self.expires_at_ms[row]),
+            replace=self.replace,
+            idempotency_key=f"{self.idempotency_key}\n{reference_id}" if self.idempotency_key else "",
+            attributes=self.attributes[row] if self.attributes else b"",
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EnrolRun(Sequence[LogEntry]):
+    """Committed ENROL entries of one gallery that follow on one another from `sequence`, in parallel columns as in
+    EnrolRows. The references are all different, and none of them was live before."""
+
+    sequence: int
+    at_ms: int
+    gallery_id: str
+    reference_ids: Sequence[str]
+    subject_ids: Sequence[str]
+    templates: NDArray[np.float16]
+    expires_at_ms: Int64
+
+    def __len__(self) -> int:
+        return len(self.reference_ids)
+
+    @property
+    def last_sequence(self) -> int:
+        return self.sequence + len(self) - 1
+
+    @overload
+    def __getitem__(self, row: int) -> LogEntry: ...
+    @overload
+    def __getitem__(self, row: slice) -> EnrolRun: ...
+    def __getitem__(self, row: int | slice) -> LogEntry | EnrolRun:
+        if isinstance(row, slice):
+            start, stop, step = row.indices(len(self))
+            if step != 1:
+                raise ValueError("entries that follow on one another are cut, not picked")
+            return EnrolRun(
+                self.sequence + start,
+                self.at_ms,
+                self.gallery_id,
+                self.reference_ids[start:stop],
+                self.subject_ids[start:stop],
+                self.templates[start:stop],
+                self.expires_at_ms[start:stop],
+            )
+        place = range(len(self))[row]
+        return LogEntry(
+            self.sequence + place,
+            EntryKind.ENROL,
+            self.at_ms,
+            self.gallery_id,
+            self.reference_ids[place],
+            self.subject_ids[place],
+            int(self.expires_at_ms[place]),
+            self.templates[place].tobytes(),
+            b"",
+        )
+
 
 
 class CreateDeployment(NamedTuple):

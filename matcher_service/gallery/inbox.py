@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from matcher_service.gallery.transaction import WriteTransaction
-from matcher_service.terms import Actor, Alert, AuditEvent, Write
+from matcher_service.terms import Actor, Alert, AuditEvent, EnrolRows, Write
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -22,6 +22,17 @@ class AppendJob:
     @property
     def weight(self) -> int:
         return max(len(self.writes), 1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EnrolJob:
+    rows: EnrolRows
+    actor: Actor
+    answer: Future[Any] = field(default_factory=Future)
+
+    @property
+    def weight(self) -> int:
+        return len(self.rows)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,7 +72,7 @@ class WorkJob:
         return 1
 
 
-Job = AppendJob | RecordJob | EraseJob | WorkJob
+Job = AppendJob | EnrolJob | RecordJob | EraseJob | WorkJob
 
 
 class Inbox:

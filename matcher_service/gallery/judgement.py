@@ -45,16 +45,22 @@ _RETENTION_MS_MAX = 200 * 366 * 86_400_000
 def append(transaction: WriteTransaction, writes: Sequence[Write], actor: Actor) -> list[Receipt | MatcherError]:
     """Judge the writes in order and hand the accepted ones to the transaction, with one audit record for each kind
     of change to each thing changed. The refusals are those of `seams.GalleryLog.append`."""
+    answers = judge(transaction, writes)
+    transaction.write_notes(actor)
+    return answers
+
+
+def judge(transaction: WriteTransaction, writes: Sequence[Write]) -> list[Receipt | MatcherError]:
+    """The same, with the notes of what changed left in the transaction."""
     transaction.look_up(writes)
-    judge = _Judge(transaction, seal.nonces(len(writes)))
+    judge_one = _Judge(transaction, seal.nonces(len(writes)))
     answers: list[Receipt | MatcherError] = []
     for write in writes:
         try:
-            answers.append(judge(write))
+            answers.append(judge_one(write))
         except MatcherError as refusal:
             # A traceback would keep this transaction's rows alive for as long as the caller keeps the answer.
             answers.append(refusal.with_traceback(None))
-    transaction.write_notes(actor)
     return answers
 
 

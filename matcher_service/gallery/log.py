@@ -31,14 +31,16 @@ from matcher_service.errors import (
     StartRefused,
     TooLarge,
 )
-from matcher_service.gallery import judgement, seal
+from matcher_service.gallery import enrolments, judgement, seal
 from matcher_service.gallery.erase import erase
-from matcher_service.gallery.inbox import AppendJob, EraseJob, Inbox, Job, RecordJob, WorkJob
+from matcher_service.gallery.inbox import AppendJob, EnrolJob, EraseJob, Inbox, Job, RecordJob, WorkJob
 from matcher_service.gallery.keys import Keyring
+from matcher_service.gallery.recent import Recent
 from matcher_service.gallery.schema import IS_CATALOGUE, alert, audit_record, entry, live
 from matcher_service.gallery.sqlite import FILE_NAME, SqliteDatabase
 from matcher_service.gallery.state import CatalogueState
 from matcher_service.gallery.transaction import SERVICE, Terms, WriteTransaction
+from matcher_service.receipts import EnrolReceipts
 from matcher_service.seams import Clock
 from matcher_service.settings import StorageSettings
 from matcher_service.terms import (
@@ -47,6 +49,7 @@ from matcher_service.terms import (
     AuditEvent,
     Cause,
     DeleteGallery,
+    EnrolRows,
     EntryKind,
     LogEntry,
     Receipt,
@@ -58,6 +61,7 @@ WRITES_PER_APPEND_MAX = 10_000
 ERASED_AT_ONCE_MAX = 10_000
 _JOBS_WAITING_MAX = 4096
 _WRITES_WAITING_MAX = 131_072
+_RECENT_BYTES_MAX = 64 * 1024 * 1024
 READERS = 3
 _RETRY_AFTER_MS = 200
 # How long a transaction whose connection broke waits for another one; callers wait with it.
@@ -149,6 +153,7 @@ class SqlGalleryLog:
         )
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="gallery-log-read")
         self._inbox = Inbox(_JOBS_WAITING_MAX, _WRITES_WAITING_MAX)
+        self._recent = Recent(_RECENT_BYTES_MAX)
         self._owner: threading.Thread | None = None
         self._state = CatalogueState()
         self._wiping = threading.Lock()
@@ -223,6 +228,18 @@ class SqlGalleryLog:
             )
         answers: list[Receipt | MatcherError] = await self._put(AppendJob(tuple(writes), actor), LogUnavailable)
         return answers
+
+    async def enrol(self, rows: EnrolRows, actor: Actor) -> EnrolReceipts:
+        if len(rows) > WRITES_PER_APPEND_MAX:
+            raise TooLarge(
+                f"{len(rows)} references at once",
+                field="reference_ids",
+                hint=f"at most {WRITES_PER_APPEND_MAX} in one message",
+            )
+        if not len(rows):
+            return EnrolReceipts.of([])
+        receipts: EnrolReceipts = await self._put(EnrolJob(rows, actor), LogUnavailable)
+        return receipts
 
     async def record(self, events: Sequence[AuditEvent], alerts: Sequence[Alert]) -> None:
         if not events and not alerts:
@@ -305,6 +322,8 @@ class SqlGalleryLog:
                 match job:
                     case AppendJob():
                         answers.append(judgement.append(transaction, job.writes, job.actor))
+                    case EnrolJob():
+                        answers.append(enrolments.enrol(transaction, job.rows, job.actor))
                     case RecordJob():
                         transaction.record(job.events, job.details, job.alerts)
                         answers.append(None)
@@ -326,6 +345,11 @@ class SqlGalleryLog:
                 unknown = failure
         if unknown is not None and not self._stored(transaction):
             raise unknown
+        # Of a database that others write to as well, nobody here reads the references.
+        if not self._database.shared:
+            self._recent.add(transaction.runs)
+        if transaction.destroyed or any(isinstance(job, EraseJob) for job in jobs):
+            self._recent.clear()
         self._tell(transaction.sequence, transaction.newest_at_ms)
         self._doomed.update(transaction.destroyed)
         if self._doomed:
@@ -425,7 +449,9 @@ class SqlGalleryLog:
 
     # --- reading -----------------------------------------------------------------------------------
 
-    async def read(self, after: int, limit: int, kinds: Collection[EntryKind] | None = None) -> list[LogEntry]:
+    async def read(self, after: int, limit: int, kinds: Collection[EntryKind] | None = None) -> Sequence[LogEntry]:
+        if kinds is None and (run := self._recent.beyond(after, limit)) is not None:
+            return run
         wanted = _ENTRIES.where(entry.c.sequence > after).order_by(entry.c.sequence).limit(limit)
         if kinds is not None:
             wanted = wanted.where(entry.c.kind.in_([int(kind) for kind in kinds]))

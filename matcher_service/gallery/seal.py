@@ -11,11 +11,13 @@ counted from the sequence would not do: a sequence whose transaction was rolled 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from struct import pack
+from collections.abc import Callable, Sequence
+from struct import Struct, pack
 
+import numpy as np
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from numpy.typing import NDArray
 
 from matcher_service.errors import DataDamaged
 
@@ -25,6 +27,7 @@ OVERHEAD_BYTES = 1 + NONCE_BYTES + 16
 """By how much a sealed value is longer than what it holds."""
 
 _TEMPLATE = b"matcher.template.1"
+_LENGTH, _SEQUENCE = Struct(">I"), Struct(">Q")
 
 
 def template_names(gallery_id: str, reference_id: str, sequence: int) -> bytes:
@@ -54,6 +57,25 @@ def nonces(count: int) -> Callable[[], bytes]:
 
 def seal(cipher: AESGCM, nonce: bytes, plain: bytes, names: bytes) -> bytes:
     return FORMAT + nonce + cipher.encrypt(nonce, plain, names)
+
+
+def seal_templates(
+    cipher: AESGCM, gallery_id: str, reference_ids: Sequence[str], sequence: int, templates: NDArray[np.float16]
+) -> list[bytes]:
+    """Each row of `templates`, float16 [n, d] in C order, sealed as the template of its reference; their sequences
+    follow on one another from `sequence`."""
+    encrypt, gallery = cipher.encrypt, gallery_id.encode()
+    before = pack(f">18sI{len(gallery)}s", _TEMPLATE, len(gallery), gallery)
+    width = templates.shape[1] * templates.itemsize
+    plain = np.ascontiguousarray(templates).view(np.uint8).reshape(-1).data
+    drawn = os.urandom(NONCE_BYTES * len(reference_ids))
+    sealed = []
+    for row, reference_id in enumerate(reference_ids):
+        reference = reference_id.encode()
+        names = before + _LENGTH.pack(len(reference)) + reference + _SEQUENCE.pack(sequence + row)
+        nonce = drawn[row * NONCE_BYTES : (row + 1) * NONCE_BYTES]
+        sealed.append(FORMAT + nonce + encrypt(nonce, plain[row * width : (row + 1) * width], names))
+    return sealed
 
 
 def unseal(cipher: AESGCM, sealed: bytes, names: bytes) -> bytes:

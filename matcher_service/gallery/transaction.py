@@ -20,7 +20,7 @@ from matcher_service.gallery.keys import Keyring
 from matcher_service.gallery.names import storable
 from matcher_service.gallery.schema import alert, audit_record, enrolment_key, entry, erasure, insert_many, live
 from matcher_service.gallery.state import CatalogueState
-from matcher_service.terms import Actor, Alert, AuditEvent, Enrol, EntryKind, Withdraw, Write
+from matcher_service.terms import Actor, Alert, AuditEvent, Enrol, EnrolRun, EntryKind, Withdraw, Write
 
 SERVICE = Actor("matcher-service")
 """Who acts when nobody asked: expiry, erasure, alerts."""
@@ -29,7 +29,7 @@ Place = tuple[str, str]
 """(gallery_id, reference_id), or (gallery_id, idempotency_key)."""
 
 _LOOK_UP = 4096
-_ENROL = int(EntryKind.ENROL)
+ENROL = int(EntryKind.ENROL)
 _WITHDRAW = int(EntryKind.WITHDRAW)
 
 
@@ -74,7 +74,8 @@ class WriteTransaction:
     """Holds what one transaction has accepted and not yet stored. Used by one thread, within one transaction.
 
     `at_ms` is the log time of everything in it: the wall clock, never before the newest entry. `sequence` is the
-    newest given out. `destroyed` names galleries whose keys are to be destroyed once this is committed.
+    newest given out. `destroyed` names galleries whose keys are to be destroyed once this is committed; `runs` are the
+    enrolments that were stored in columns.
     """
 
     def __init__(
@@ -105,9 +106,10 @@ class WriteTransaction:
         self._keys_outlived: set[Place] = set()
         self._entries_out: list[tuple[object, ...]] = []
         self._erasures_out: list[tuple[object, ...]] = []
+        self.runs: list[EnrolRun] = []
         self._audit_out: list[tuple[object, ...]] = []
         self._alerts_out: list[tuple[object, ...]] = []
-        self._notes: dict[Note, list[int]] = {}
+        self._notes: dict[Note, list[list[int]]] = {}
         self._ciphers: dict[str, AESGCM] = {}
 
     # --- references --------------------------------------------------------------------------------
@@ -156,13 +158,13 @@ class WriteTransaction:
         Raises LogUnavailable if the gallery's key is gone.
         """
         gallery_id, reference_id = place = (write.gallery_id, write.reference_id)
-        cipher = self._ciphers.get(gallery_id) or self._cipher(gallery_id)
+        cipher = self.cipher(gallery_id)
         self.sequence = sequence = self.sequence + 1
         names = seal.template_names(gallery_id, reference_id, sequence)
         sealed = seal.seal(cipher, nonce, write.template, names)
         attributes = write.attributes or None
         self._entries_out.append(
-            (sequence, _ENROL, self.at_ms, *place, write.subject_id, expires_at_ms, sealed, None, attributes)
+            (sequence, ENROL, self.at_ms, *place, write.subject_id, expires_at_ms, sealed, None, attributes)
         )
         old = self._held.get(place)
         if old is not None:
@@ -204,8 +206,20 @@ class WriteTransaction:
     def _erase_later(self, sequence: int) -> None:
         self._erasures_out.append((sequence, self.at_ms + self.terms.erase_within_ms, None))
 
-    def _cipher(self, gallery_id: str) -> AESGCM:
-        cipher = self.keyring.cipher(gallery_id)
+    def stored_run(self, run: EnrolRun, last_sealed: bytes) -> None:
+        """Take note of enrolments that were put straight into the tables, under the sequences next in turn; all that
+        was accepted before had been flushed."""
+        self.sequence = run.last_sequence
+        self.runs.append(run)
+        last = run[-1]
+        self._newest_entry = (last.sequence, ENROL, self.at_ms, "", "", "", 0, last_sealed, None, None)
+        if self._held:
+            for reference_id in run.reference_ids:
+                self._held.pop((run.gallery_id, reference_id), None)
+
+    def cipher(self, gallery_id: str) -> AESGCM:
+        """The cipher under a gallery's key. Raises LogUnavailable if the key is gone."""
+        cipher = self._ciphers.get(gallery_id) or self.keyring.cipher(gallery_id)
         if cipher is None:
             raise LogUnavailable(
                 f"the key of gallery {gallery_id} is gone: nothing can be sealed",
@@ -227,17 +241,23 @@ class WriteTransaction:
     # --- audit and alerts --------------------------------------------------------------------------
 
     def note(self, note: Note, *sequences: int) -> None:
-        """Gather sequences under a note, until `write_notes`."""
-        gathered = self._notes.get(note)
-        if gathered is None:
-            self._notes[note] = list(sequences)
-        else:
-            gathered.extend(sequences)
+        """Gather sequences under a note, as closed ranges, until `write_notes`."""
+        spans = self._notes.setdefault(note, [])
+        for sequence in sequences:
+            if spans and spans[-1][1] == sequence - 1:
+                spans[-1][1] = sequence
+            else:
+                spans.append([sequence, sequence])
+
+    def note_run(self, note: Note, first: int, last: int) -> None:
+        """The same for all the sequences from `first` to `last`."""
+        self.note(note, first)
+        self._notes[note][-1][1] = last
 
     def write_notes(self, actor: Actor) -> None:
         """Chain one audit record for each note."""
-        for note, sequences in self._notes.items():
-            facts = {"count": len(sequences), "sequences": ranges(sequences)}
+        for note, spans in self._notes.items():
+            facts = {"count": sum(last - first + 1 for first, last in spans), "sequences": spans}
             self.chain(actor.name, note.action, note.subject, facts, note.detail)
         self._notes.clear()
 

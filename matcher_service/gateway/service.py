@@ -45,7 +45,7 @@ class Service:
     """
 
     identify: Callable[[ProbeMessage], Awaitable[IdentifyReply]]
-    enrol: Callable[[EnrolMessage], Awaitable[list[Receipt | MatcherError]]]
+    enrol: Callable[[EnrolMessage], Awaitable[Sequence[Receipt | MatcherError]]]
     withdraw: Withdrawal
     withdraw_subject: SubjectWithdrawal
     change: Callable[[Write, Actor], Awaitable[Receipt]]
