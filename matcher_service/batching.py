@@ -30,6 +30,8 @@ class Lane(NamedTuple):
     source: SpaceId
     target: SpaceId
     gallery_ids: tuple[str, ...]
+    # A search without a floor takes longer: it must not be in one batch with those that have one.
+    best_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)

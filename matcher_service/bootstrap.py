@@ -27,6 +27,10 @@ import uvloop
 from cryptography import x509
 
 from matcher_service import forms, policy, process_lock, upkeep
+from matcher_service.access.authentication import Authentication
+from matcher_service.access.conduct import Conduct
+from matcher_service.access.edge_tokens import EdgeTokens, load_or_create_key
+from matcher_service.access.people import people_of
 from matcher_service.admission import Admission, ServiceTime
 from matcher_service.alerts import AlertFeed
 from matcher_service.batching import Batcher
@@ -197,11 +201,14 @@ async def _serving(
         probes_max=batching.batch_probes_max,
         searchers=batching.batches_in_flight_max,
     )
+    conduct = Conduct(settings.access, clock, metrics)
     live_scores = LiveScores(settings.watch.score_sample_every, batcher, shard, clock, metrics)
-    identify = Identify(catalogue, probes, batcher, replay, log, feed, live_scores, time, clock, metrics)
+    identify = Identify(catalogue, probes, batcher, replay, log, feed, live_scores, time, clock, metrics, conduct)
     writing = Writing(catalogue, references, models, log, replay, time, clock, settings.limits, metrics)
 
     proofs = SqlAuditProofs(log, SigningKeys(settings.keys_dir / "audit", log.keyring))
+
+    tokens = EdgeTokens(load_or_create_key(settings.keys_dir))
 
     ready = False
 
@@ -223,9 +230,13 @@ async def _serving(
         settings=settings,
         metrics=metrics,
         clock=clock,
-        credentials=credentials.BearerToken(token),
+        credentials=Authentication(
+            catalogue, time, credentials.BearerToken(token), tokens, people_of(settings.access, clock)
+        ),
         templates=templates,
         proofs=proofs,
+        approve=writing.approve,
+        tokens=tokens,
     )
     metrics.ready.set_function(lambda: float(readiness()[0]))
     tasks = _Tasks()

@@ -8,19 +8,21 @@ metrics it touches are counters by outcome and unlabelled histograms.
 from __future__ import annotations
 
 import secrets
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
 import structlog
 
 from matcher_service import decision, policy
+from matcher_service.access.conduct import Conduct
 from matcher_service.admission import Admission, Permit
 from matcher_service.alerts import AlertFeed
 from matcher_service.batching import Batch, Batcher, Found, Lane
 from matcher_service.catalogue import Catalogue
 from matcher_service.clock import LawfulTime
 from matcher_service.errors import AuditUnavailable, MatcherError
+from matcher_service.live_scores import LiveScores
 from matcher_service.metrics import Metrics
 from matcher_service.replay import Following
 from matcher_service.seams import Clock, GalleryLog, Models, Shard
@@ -34,6 +36,8 @@ from matcher_service.terms import (
     ProbeMessage,
     SearchRequest,
 )
+
+RECORDED_ALERTS_MAX = 4096
 
 _log = structlog.get_logger(__name__)
 
@@ -79,16 +83,20 @@ class Identify:
         replay: Following,
         log: GalleryLog,
         feed: AlertFeed,
+        live_scores: LiveScores,
         time: LawfulTime,
         clock: Clock,
         metrics: Metrics,
+        conduct: Conduct,
     ) -> None:
         self._catalogue = catalogue
+        self._conduct = conduct
         self._admission = admission
         self._batcher = batcher
         self._replay = replay
         self._log = log
         self._feed = feed
+        self._live_scores = live_scores
         self._time = time
         self._clock = clock
         self._metrics = metrics
@@ -96,10 +104,12 @@ class Identify:
         self._policy_seconds = metrics.station_seconds.labels("policy")
         self._batching_seconds = metrics.station_seconds.labels("batching_and_search")
         self._audit_seconds = metrics.station_seconds.labels("audit")
+        self._recorded: OrderedDict[str, None] = OrderedDict()
 
     async def __call__(self, message: ProbeMessage) -> IdentifyReply:
         """Answer every probe of the message once; raises MatcherError if the message as a whole is refused."""
         plan, judged, now_ms = self._judged(message)
+        watched = self._live_scores.choose(message)
         with self._admitted(message) as permit:
             await self._replay.reached(message.min_sequence, message.deadline)
             if await self._replay.renewed(message.deadline):
@@ -127,12 +137,20 @@ class Identify:
                 for row in (~found.usable).nonzero()[0].tolist():
                     searched[row] = decision.rejection(probe_ids[row], policy.zero_template(row))
             decisions = _in_order(message.probe_ids, judged, searched)
+            if message.stream_nonce:
+                decisions = decision.with_repeatable_ids(message, decisions)
             thresholds = dict(zip(plan.gallery_ids, plan.thresholds, strict=True))
             alerts = decision.alert_records(
                 message, decisions, thresholds, sequence, policy.POLICY_VERSION, not missing, now_ms
             )
             if alerts or message.case_reference:
                 decisions = await self._audited(message, plan, decisions, alerts)
+            if watched is not None and decisions[watched].outcome is Outcome.NO_CANDIDATE:
+                lane = Lane(plan.source, plan.target, plan.gallery_ids)
+                table = self._catalogue.spaces[plan.target].score_table
+                await self._live_scores.look(
+                    permit, lane, message.templates[watched : watched + 1], table, message.deadline
+                )
         self._count(decisions)
         self._metrics.identify_seconds.observe(self._clock.monotonic() - message.received_at)
         return IdentifyReply(
@@ -167,6 +185,10 @@ class Identify:
         """Write what must be in the audit before anything is disclosed; withhold everything if it cannot be."""
         began = self._clock.monotonic()
         events = []
+        climb = self._conduct.disclosed(message.actor, decisions)
+        if climb is not None:
+            events.append(climb)
+        alerts = [one for one in alerts if one.alert_id not in self._recorded]
         if message.case_reference:
             events.append(
                 AuditEvent(
@@ -186,8 +208,16 @@ class Identify:
             _log.error("audit_unavailable", detail=str(error))
             return [decision.withheld(one, Cause.AUDIT_UNAVAILABLE) for one in decisions]
         self._audit_seconds.observe(self._clock.monotonic() - began)
+        if message.stream_nonce:
+            self._remember(alerts)
         self._feed.publish(alerts)
         return decisions
+
+    def _remember(self, alerts: Sequence[Alert]) -> None:
+        """So that a probe that is sent again after a broken connection is not told as a second alert."""
+        self._recorded.update((one.alert_id, None) for one in alerts)
+        while len(self._recorded) > RECORDED_ALERTS_MAX:
+            self._recorded.popitem(last=False)
 
     def _new_alert_id(self) -> str:
         # Time first, so that ids sort as alerts were raised.

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
-from matcher_service.terms import Decision, Outcome
+from matcher_service.terms import CANARY_PREFIX, Decision, Outcome
 
-PREFIX = "canary-"
+PREFIX = CANARY_PREFIX
 # Answers are exact, so the same probe against the same reference scores the same but for a re-enrolment.
 SCORE_CHANGE_MAX = 1e-3
 
