@@ -26,6 +26,7 @@ from matcher_service.index.engine import Engine, Erased
 from matcher_service.index.fastscan import one_thread
 from matcher_service.index.memory import budget_bytes
 from matcher_service.index.scanners import BySize, Scanners
+from matcher_service.index.search import View
 from matcher_service.index.snapshots import Key, Snapshots
 from matcher_service.records import decode_gallery
 from matcher_service.seams import Clock
@@ -143,11 +144,16 @@ class LocalShard:
     async def search(self, request: SearchRequest) -> SearchResult:
         return await self._run(self._searching, lambda: self._engine.search(request))
 
-    def search_here(self, request: SearchRequest) -> SearchResult:
-        """`search` in the calling thread, for which `fastscan.one_thread` has been called."""
+    @property
+    def view(self) -> View:
+        """What is held now, for `search_here`."""
+        return self._engine.view
+
+    def search_here(self, request: SearchRequest, view: View) -> SearchResult:
+        """Search a view in the calling thread, for which `fastscan.one_thread` has been called."""
         if self._closed:
             raise ShuttingDown("the shard is closed", hint="ask another node")
-        return self._engine.search(request)
+        return self._engine.search(request, view)
 
     async def apply(self, entries: Sequence[LogEntry], through: int = 0) -> None:
         """`through`: the log up to there has nothing more that this shard is to hold."""
