@@ -56,6 +56,10 @@ class Catalogue:
                 gallery_id, threshold = records.decode_threshold_change(entry.record)
                 gallery = dataclasses.replace(self.galleries[gallery_id], threshold=threshold)
                 self.galleries = {**self.galleries, gallery_id: gallery}
+            case EntryKind.WATCHLIST_APPROVED:
+                gallery_id, approved_by = records.decode_approval(entry.record)
+                approved = records.approved(self.galleries[gallery_id], approved_by)
+                self.galleries = {**self.galleries, gallery_id: approved}
             case EntryKind.DEPLOYMENT_CREATED:
                 deployment = records.decode_deployment(entry.record)
                 self.deployments = {**self.deployments, deployment.deployment_id: deployment}

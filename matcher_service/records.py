@@ -8,6 +8,7 @@ Arrays stand as base64 of little-endian float32, row after row.
 from __future__ import annotations
 
 import base64
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -18,8 +19,10 @@ import orjson
 from matcher_service.errors import DataDamaged
 from matcher_service.terms import (
     Alert,
+    ApproveWatchlist,
     Candidate,
     Case,
+    Category,
     ChangeThreshold,
     Deployment,
     EdgeCredential,
@@ -33,6 +36,7 @@ from matcher_service.terms import (
     SpaceId,
     SpaceMap,
     TemplateSpace,
+    Watchlist,
 )
 
 Decoded = TypeVar("Decoded")
@@ -72,6 +76,14 @@ def gallery_dict(gallery: Gallery) -> dict[str, Any]:
         "space": space_id_dict(gallery.space),
         "threshold": gallery.threshold,
         "created_at_ms": gallery.created_at_ms,
+        "retention_rule": gallery.retention_rule,
+        "review_interval_ms": gallery.review_interval_ms,
+        "source": gallery.source,
+        "quality_min": gallery.quality_min,
+        "resembles_max": gallery.resembles_max,
+        "size_max": gallery.size_max,
+        "adjudicators": gallery.adjudicators,
+        "watchlist": None if gallery.watchlist is None else dataclasses.asdict(gallery.watchlist),
     }
 
 
@@ -89,7 +101,42 @@ def decode_gallery(record: bytes) -> Gallery:
         space=_space_id(found["space"]),
         threshold=found["threshold"],
         created_at_ms=found["created_at_ms"],
+        # Absent from records of the first release.
+        retention_rule=found.get("retention_rule", ""),
+        review_interval_ms=found.get("review_interval_ms", 0),
+        source=found.get("source", ""),
+        quality_min=found.get("quality_min", 0.0),
+        resembles_max=found.get("resembles_max", 0),
+        size_max=found.get("size_max", 0),
+        adjudicators=found.get("adjudicators", 1),
+        watchlist=_watchlist(found.get("watchlist")),
     )
+
+
+def _watchlist(found: Any) -> Watchlist | None:
+    if found is None:
+        return None
+    categories = tuple(Category(one) for one in found["categories"])
+    return Watchlist(found["deployment_id"], categories, found["author"], found["approved_by"])
+
+
+def encode_approval(approval: ApproveWatchlist) -> bytes:
+    """Record of WATCHLIST_APPROVED."""
+    return orjson.dumps(approval._asdict())
+
+
+@_sensible("approval")
+def decode_approval(record: bytes) -> tuple[str, str]:
+    """(gallery_id, who approved it; "": nobody any more)."""
+    found = orjson.loads(record)
+    return str(found["gallery_id"]), str(found["approved_by"]) if found["approved"] else ""
+
+
+def approved(gallery: Gallery, approved_by: str) -> Gallery:
+    """The gallery as an approval of its watchlist, or the end of one, leaves it."""
+    if gallery.watchlist is None:
+        raise ValueError("only a watchlist is approved")
+    return dataclasses.replace(gallery, watchlist=dataclasses.replace(gallery.watchlist, approved_by=approved_by))
 
 
 def space_id_dict(space: SpaceId) -> dict[str, Any]:
@@ -352,6 +399,11 @@ def decode_ended(record: bytes) -> tuple[str, int]:
     if len(names) != 1:
         raise ValueError("it names not exactly one thing")
     return str(found[names[0]]), int(found["ended_at_ms"])
+
+
+def authority_name(deployment_id: str, case_reference: str) -> str:
+    """What a deployment's or a case's counters stand under."""
+    return f"deployment:{deployment_id}" if deployment_id else f"case:{case_reference}"
 
 
 def encode_alert(alert: Alert) -> bytes:

@@ -5,8 +5,8 @@ Docstrings here are obligations: each has a contract test that every implementat
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Protocol
+from collections.abc import Collection, Mapping, Sequence
+from typing import Protocol, TypeAlias
 
 from matcher_service.errors import MatcherError
 from matcher_service.receipts import EnrolReceipts
@@ -27,6 +27,7 @@ from matcher_service.terms import (
     ShardStatus,
     SpaceId,
     TemplateSpace,
+    Verdict,
     Write,
 )
 
@@ -155,6 +156,33 @@ class GalleryLog(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+Counts: TypeAlias = Mapping[tuple[str, str], int]
+"""By (authority, name of the counter): "deployment:ID" or "case:REFERENCE", and for example "faces_searched"."""
+
+
+class AlertRecords(Protocol):
+    """What becomes of alerts after they were raised, and the counters of those who raised them."""
+
+    async def alert(self, alert_id: str) -> Alert:
+        """Raises NotFound if it never was or has been erased."""
+        ...
+
+    async def adjudicate(
+        self, alert_id: str, verdict: Verdict, by: str, reason: str, evidence_reference: str, actor: Actor
+    ) -> Alert:
+        """Record what a person made of an alert; the alert as it stands then. Durable and audited on return."""
+        ...
+
+    async def add_counts(self, counts: Counts) -> None:
+        """Add to the counters. Raises LogUnavailable if nothing was added."""
+        ...
+
+    async def counts(self, authority: str) -> dict[str, int]:
+        """All counters of an authority. `alerts` counts those raised; `alerts_open`, `alerts_confirmed`,
+        `alerts_rejected` and `alerts_inconclusive` add up to it, also after alerts have been erased."""
+        ...
 
 
 class AuditProofs(Protocol):

@@ -20,6 +20,10 @@ Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
 
 
+CANARY_PREFIX = "canary-"
+"""Probe ids that begin so are of known mates and strangers who watch over the service: no sightings."""
+
+
 class Outcome(StrEnum):
     """The four ways in which a probe is answered; every probe gets exactly one."""
 
@@ -54,6 +58,10 @@ class Cause(StrEnum):
     CONFLICT = "CONFLICT"
     GONE = "GONE"
     EXPIRED = "EXPIRED"
+    LOW_QUALITY = "LOW_QUALITY"
+    RESEMBLES_OTHERS = "RESEMBLES_OTHERS"
+    GALLERY_FULL = "GALLERY_FULL"
+    NOT_APPROVED = "NOT_APPROVED"
     STALE_PROBE = "STALE_PROBE"
     REPLAYED = "REPLAYED"
     COOLING_DOWN = "COOLING_DOWN"
@@ -136,12 +144,49 @@ class TemplateSpace:
     score_table: ScoreTable | None = None
 
 
+class Category(StrEnum):
+    """Why a person stands on a watchlist. A closed list: there is none for people who are merely of interest."""
+
+    WANTED_ON_WARRANT = "wanted_on_warrant"
+    UNLAWFULLY_AT_LARGE = "unlawfully_at_large"
+    SUSPECTED_OF_OFFENCE = "suspected_of_offence"
+    UNDER_COURT_ORDER = "under_court_order"
+    MISSING_OR_AT_RISK = "missing_or_at_risk"
+
+
+class GroundEnd(StrEnum):
+    """Why the lawful ground of somebody's references has ended."""
+
+    NO_FURTHER_ACTION = "no_further_action"
+    ACQUITTED = "acquitted"
+    CONVICTION_QUASHED = "conviction_quashed"
+    DELETION_GRANTED = "deletion_granted"
+    ENROLLED_IN_ERROR = "enrolled_in_error"
+
+
+@dataclass(frozen=True, slots=True)
+class Watchlist:
+    """What makes a gallery the watchlist of one deployment. Nothing is searched in it until somebody other than its
+    author has approved it; while it is approved nothing is added to it."""
+
+    deployment_id: str
+    categories: tuple[Category, ...]
+    author: str
+    approved_by: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Gallery:
     """A named set of references under one lawful basis, in one template space.
 
-    A reference lives at most `retention_ms` from its enrolment. `threshold` is the least score that is
-    a candidate; a request may raise it, never lower it.
+    A reference lives at most `retention_ms` from its enrolment, and no longer than until its review, which is due
+    `review_interval_ms` after it (0: with the end of the retention) unless a nearer date is given. `retention_rule`
+    says in words where both come from. `source` is what its references come from, where they do not say themselves.
+    `threshold` is the least score that is a candidate; a request may raise it, never lower it.
+
+    A reference enters with a quality of at least `quality_min` (0: none is asked for), and, where `resembles_max` is
+    not 0, if no more than that many other subjects resemble it at the threshold. `size_max` is how many references
+    the threshold was calibrated for, 0: unlimited. `adjudicators` is how many people judge an alert.
     """
 
     gallery_id: str
@@ -153,6 +198,23 @@ class Gallery:
     space: SpaceId
     threshold: float
     created_at_ms: int = 0
+    retention_rule: str = ""
+    review_interval_ms: int = 0
+    source: str = ""
+    quality_min: float = 0.0
+    resembles_max: int = 0
+    size_max: int = 0
+    adjudicators: int = 1
+    watchlist: Watchlist | None = None
+
+    def __post_init__(self) -> None:
+        if self.review_interval_ms == 0:
+            object.__setattr__(self, "review_interval_ms", self.retention_ms)
+
+    @property
+    def life_ms(self) -> int:
+        """How long a reference that names no dates of its own can be searched from its enrolment."""
+        return min(self.retention_ms, self.review_interval_ms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +362,7 @@ class EntryKind(IntEnum):
     CASE_CREATED = 8
     CASE_ENDED = 9
     THRESHOLD_CHANGED = 10
+    WATCHLIST_APPROVED = 11
     CREDENTIAL_ISSUED = 40
     CREDENTIAL_REVOKED = 41
     PROPOSAL_MADE = 42
@@ -337,60 +400,6 @@ class Enrol(NamedTuple):
     idempotency_key: str = ""
     attributes: bytes = b""
 
-
-class Withdraw(NamedTuple):
-    """Wish: end the searchability of one reference now and erase its template within the stated time."""
-
-    gallery_id: str
-    reference_id: str
-    reason: str
-
-
-class WithdrawSubject(NamedTuple):
-    """Wish: the same for every live reference of a subject; gallery_id "" means in every gallery."""
-
-    gallery_id: str
-    subject_id: str
-    reason: str
-
-
-class CreateGallery(NamedTuple):
-    gallery: Gallery
-
-
-class DeleteGallery(NamedTuple):
-    """Wish: withdraw every reference, and destroy the gallery's key. The two persons who stand for it, if they are
-    known."""
-
-    gallery_id: str
-    reason: str
-    proposed_by: str = ""
-    approved_by: str = ""
-
-
-class RateChange(NamedTuple):
-    """What a change of threshold does to one error rate: upper limits before and after. `measure` is "FPIR" or "FNIR",
-    `group` the group of people it was measured on ("": all)."""
-
-    measure: str
-    group: str
-    before: float
-    after: float
-
-
-class ChangeThreshold(NamedTuple):
-    """Wish: give a gallery another threshold, for a reason, knowing what it does to whom. Two persons stand for it."""
-
-    gallery_id: str
-    threshold: float
-    reason: str
-    proposed_by: str
-    approved_by: str
-    rates: tuple[RateChange, ...]
-
-
-class RegisterSpace(NamedTuple):
-    space: TemplateSpace
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EnrolRows:
@@ -478,6 +487,91 @@ class EnrolRun(Sequence[LogEntry]):
         )
 
 
+class Withdraw(NamedTuple):
+    """Wish: end the searchability of one reference now and erase its template within the stated time."""
+
+    gallery_id: str
+    reference_id: str
+    reason: str
+
+
+class WithdrawSubject(NamedTuple):
+    """Wish: the same for every live reference of a subject; gallery_id "" means in every gallery."""
+
+    gallery_id: str
+    subject_id: str
+    reason: str
+
+
+class CreateGallery(NamedTuple):
+    gallery: Gallery
+
+
+class DeleteGallery(NamedTuple):
+    """Wish: withdraw every reference, and destroy the gallery's key. The two persons who stand for it, if they are
+    known."""
+
+    gallery_id: str
+    reason: str
+    proposed_by: str = ""
+    approved_by: str = ""
+
+
+class RateChange(NamedTuple):
+    """What a change of threshold does to one error rate: upper limits before and after. `measure` is "FPIR" or "FNIR",
+    `group` the group of people it was measured on ("": all)."""
+
+    measure: str
+    group: str
+    before: float
+    after: float
+
+
+class ChangeThreshold(NamedTuple):
+    """Wish: give a gallery another threshold, for a reason, knowing what it does to whom. Two persons stand for it."""
+
+    gallery_id: str
+    threshold: float
+    reason: str
+    proposed_by: str
+    approved_by: str
+    rates: tuple[RateChange, ...]
+
+
+class RegisterSpace(NamedTuple):
+    space: TemplateSpace
+
+
+class ApproveWatchlist(NamedTuple):
+    """Wish: let a watchlist be searched, on the word of somebody other than its author; with `approved` False, stop
+    it being searched, so that it can be changed."""
+
+    gallery_id: str
+    approved_by: str
+    reason: str
+    approved: bool = True
+
+
+class EndGround(NamedTuple):
+    """Wish: end the searchability of a subject's references, whose lawful ground has ended; in one gallery, or in
+    every gallery of kind custody ("")."""
+
+    gallery_id: str
+    subject_id: str
+    ground: GroundEnd
+    reason: str
+
+
+class ReviewReference(NamedTuple):
+    """Wish: keep a reference until another review, because a person looked at it and its ground still stands. Its
+    template enters the log again, under a new sequence."""
+
+    gallery_id: str
+    reference_id: str
+    review_by_ms: int
+    reviewed_by: str
+    reason: str
+
 
 class CreateDeployment(NamedTuple):
     deployment: Deployment
@@ -527,6 +621,9 @@ Write = (
     | CreateGallery
     | DeleteGallery
     | ChangeThreshold
+    | ApproveWatchlist
+    | EndGround
+    | ReviewReference
     | RegisterSpace
     | CreateDeployment
     | EndDeployment
@@ -556,7 +653,8 @@ class Receipt(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """What is held of a live reference, without its template."""
+    """What is held of a live reference, without its template. `attributes` is JSON of what it rests on, b"" if
+    nothing was said (`grounds.encode`)."""
 
     gallery_id: str
     reference_id: str
@@ -564,6 +662,7 @@ class Reference(NamedTuple):
     sequence: int
     enrolled_at_ms: int
     expires_at_ms: int
+    attributes: bytes = b""
 
 
 # --- search ----------------------------------------------------------------------------------------
@@ -697,6 +796,33 @@ class IdentifyReply:
         return not self.missing
 
 
+class Verdict(StrEnum):
+    """What a trained person says of an alert. Never that somebody was identified: that is not a machine's to record."""
+
+    CONFIRMED = "confirmed"
+    REJECTED = "rejected"
+    INCONCLUSIVE = "inconclusive"
+
+
+class AlertState(StrEnum):
+    """What the adjudications of an alert add up to."""
+
+    OPEN = "open"
+    CONFIRMED = "confirmed"
+    REJECTED = "rejected"
+    INCONCLUSIVE = "inconclusive"
+
+
+class Adjudication(NamedTuple):
+    """`evidence_reference` is where the force's own evidence system keeps what was looked at; opaque here."""
+
+    verdict: Verdict
+    by: str
+    at_ms: int
+    reason: str
+    evidence_reference: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Alert:
     """A decision at or above the threshold, as it is recorded. No template, no image."""
@@ -712,6 +838,8 @@ class Alert:
     sequence: int
     policy_version: str
     complete: bool
+    state: AlertState = AlertState.OPEN
+    adjudications: tuple[Adjudication, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -738,6 +866,25 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class Grounds:
+    """What the references of a message rest on. Columns are empty or parallel to the references, and what a column
+    leaves empty (or 0) is the message's; what that leaves empty is the gallery's. `qualities` float32 [n], NaN:
+    unknown. `category` and `reason` are asked for on a watchlist."""
+
+    source: str = ""
+    lawful_basis: str = ""
+    review_by_ms: int = 0
+    category: str = ""
+    reason: str = ""
+    sources: Sequence[str] = ()
+    lawful_bases: Sequence[str] = ()
+    reviews_by_ms: Sequence[int] = ()
+    categories: Sequence[str] = ()
+    reasons: Sequence[str] = ()
+    qualities: Sequence[float] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class EnrolMessage:
     """One message of references as an edge decoded it; parallel columns of n rows.
 
@@ -757,3 +904,4 @@ class EnrolMessage:
     received_at: float
     deadline: float
     message_id: str = ""
+    grounds: Grounds = Grounds()

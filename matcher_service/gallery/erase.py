@@ -5,8 +5,10 @@ from __future__ import annotations
 from sqlalchemy import delete, select, tuple_, update
 
 from matcher_service import audit
+from matcher_service.gallery import judgement, lawful
 from matcher_service.gallery.schema import alert, audit_record, enrolment_key, entry, erasure, live
 from matcher_service.gallery.transaction import SERVICE, Held, Note, WriteTransaction
+from matcher_service.terms import DeleteGallery, EndDeployment
 
 _EXPIRED = audit.canonical({"reason": "expired"})
 
@@ -20,6 +22,7 @@ def erase(transaction: WriteTransaction, now_ms: int, most: int) -> int:
     clock stepped back keeps nobody.
     """
     now_ms = max(now_ms, transaction.at_ms)
+    _destroy_watchlists(transaction, now_ms)
     _withdraw_expired(transaction, now_ms, most)
     erased = _erase_templates(transaction, most)
     _erase_alerts(transaction, now_ms, most)
@@ -27,6 +30,14 @@ def erase(transaction: WriteTransaction, now_ms: int, most: int) -> int:
     transaction.write_notes(SERVICE)
     transaction.flush()
     return erased
+
+
+def _destroy_watchlists(transaction: WriteTransaction, now_ms: int) -> None:
+    """End what has outlived its window: deployments with a watchlist, and watchlists whose own retention is over."""
+    closed, outlived = lawful.overdue(transaction, now_ms)
+    judgement.judge(transaction, [EndDeployment(one) for one in closed])
+    left = [one for one in outlived if one in transaction.state.galleries]
+    judgement.judge(transaction, [DeleteGallery(one, "the retention of the watchlist is over") for one in left])
 
 
 def _withdraw_expired(transaction: WriteTransaction, now_ms: int, most: int) -> None:
@@ -45,7 +56,7 @@ def _erase_templates(transaction: WriteTransaction, most: int) -> int:
     sequences = list(connection.execute(waiting).scalars())
     if sequences:
         chosen = select(waiting.subquery().c.sequence)
-        connection.execute(update(entry).where(entry.c.sequence.in_(chosen)).values(sealed=None))
+        connection.execute(update(entry).where(entry.c.sequence.in_(chosen)).values(sealed=None, attributes=None))
         connection.execute(delete(erasure).where(erasure.c.sequence.in_(chosen)))
         transaction.note(Note("template.erased", ""), *sequences)
     return len(sequences)

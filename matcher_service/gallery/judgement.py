@@ -11,12 +11,14 @@ from sqlalchemy import select
 
 from matcher_service import audit, records
 from matcher_service.errors import Conflict, Gone, InvalidInput, LogUnavailable, MatcherError, NotFound
-from matcher_service.gallery import seal
+from matcher_service.gallery import lawful, seal
 from matcher_service.gallery.names import check_name
+from matcher_service.gallery.persons import same_person
 from matcher_service.gallery.schema import live
 from matcher_service.gallery.transaction import FirstUse, Held, Note, Place, WriteTransaction
 from matcher_service.terms import (
     Actor,
+    ApproveWatchlist,
     Cause,
     ChangeThreshold,
     CloseProposal,
@@ -26,12 +28,14 @@ from matcher_service.terms import (
     DeleteGallery,
     EndCase,
     EndDeployment,
+    EndGround,
     Enrol,
     EntryKind,
     IssueCredential,
     MakeProposal,
     Receipt,
     RegisterSpace,
+    ReviewReference,
     RevokeCredential,
     Withdraw,
     WithdrawSubject,
@@ -72,6 +76,8 @@ class _Judge:
         self._draw_nonce = draw_nonce
         # One for each gallery and outcome, not for each reference.
         self._enrolments: dict[tuple[str, str], Note] = {}
+        # References live in galleries that hold a limited number of them.
+        self._live: dict[str, int] = {}
 
     def __call__(self, write: Write) -> Receipt:
         match write:
@@ -101,6 +107,16 @@ class _Judge:
                 return self._issue_credential(write)
             case RevokeCredential():
                 return self._revoke_credential(write)
+            case ApproveWatchlist():
+                self._require_gallery(write.gallery_id)
+                return lawful.approve_watchlist(self._transaction, write)
+            case EndGround():
+                if write.gallery_id:
+                    self._require_gallery(write.gallery_id)
+                return lawful.end_ground(self._transaction, write)
+            case ReviewReference():
+                self._require_gallery(write.gallery_id)
+                return lawful.review_reference(self._transaction, write, self._draw_nonce())
             case MakeProposal():
                 return self._make_proposal(write)
             case CloseProposal():
@@ -126,8 +142,9 @@ class _Judge:
             first = self._transaction.first_use((gallery_id, write.idempotency_key))
             if first is not None:
                 return self._repeated(write, first)
+        lawful.require_open(gallery)
         at_ms = self._at_ms
-        expires_at_ms = at_ms + gallery.retention_ms
+        expires_at_ms = at_ms + gallery.life_ms
         if write.expires_at_ms:
             expires_at_ms = min(write.expires_at_ms, expires_at_ms)
         if expires_at_ms <= at_ms:
@@ -144,6 +161,11 @@ class _Judge:
                 field="reference_ids",
                 hint="set replace to enrol another template under it, or choose another reference_id",
             )
+        if gallery.size_max and not lives:
+            if gallery_id not in self._live:
+                self._live[gallery_id] = lawful.count_live(self._transaction, gallery_id)
+            lawful.require_room(gallery, self._live[gallery_id])
+            self._live[gallery_id] += 1
         sequence = self._transaction.enrol(write, expires_at_ms, self._draw_nonce())
         action = "reference.replaced" if lives else "reference.enrolled"
         note = self._enrolments.get((action, gallery_id))
@@ -248,6 +270,7 @@ class _Judge:
             raise InvalidInput(f"retention_ms is {gallery.retention_ms}", field="retention_ms", hint="at least 1")
         if not math.isfinite(gallery.threshold) or abs(gallery.threshold) > 1:
             raise InvalidInput(f"threshold is {gallery.threshold}", field="threshold", hint="a cosine: from -1 to 1")
+        lawful.require_lawful_gallery(gallery, self._state.deployments)
         stamped = gallery if gallery.created_at_ms else replace(gallery, created_at_ms=self._at_ms)
         record = _encoded("gallery", lambda: records.encode_gallery(stamped))
         # Before the commit: a gallery without a durable key could seal nothing. A key left over from a
@@ -315,6 +338,7 @@ class _Judge:
                 hint="an id is never used twice",
             )
         self._check_window(deployment.gallery_ids, deployment.opens_at_ms, deployment.closes_at_ms)
+        lawful.require_own_watchlists(self._state.galleries, deployment.gallery_ids, deployment.deployment_id)
         return self._catalogue(
             "deployment.created",
             deployment.deployment_id,
@@ -325,6 +349,8 @@ class _Judge:
 
     def _end_deployment(self, write: EndDeployment) -> Receipt:
         _check_open(self._state.deployments, "deployment", "deployment_id", write.deployment_id)
+        for gallery_id in lawful.ended_with(self._transaction, write.deployment_id):
+            self._delete_gallery(DeleteGallery(gallery_id, f"deployment {write.deployment_id} ended"))
         record = records.encode_ended("deployment_id", write.deployment_id, self._at_ms)
         return self._catalogue("deployment.ended", write.deployment_id, EntryKind.DEPLOYMENT_ENDED, "", record)
 
@@ -338,6 +364,7 @@ class _Judge:
                 hint="a reference is never used twice",
             )
         self._check_window(case.gallery_ids, case.opens_at_ms, case.closes_at_ms)
+        lawful.require_own_watchlists(self._state.galleries, case.gallery_ids, "")
         record = _encoded("case", lambda: records.encode_case(case))
         return self._catalogue("case.created", case.case_reference, EntryKind.CASE_CREATED, "", record)
 
@@ -428,6 +455,10 @@ class _Judge:
         sequence = self._transaction.change_catalogue(kind, gallery_id, record, Note(action, subject, detail))
         return Receipt(WriteOutcome.DONE, sequence)
 
+    def _require_gallery(self, gallery_id: str) -> None:
+        if gallery_id not in self._state.galleries:
+            raise self._unknown_gallery(gallery_id)
+
     def _unknown_gallery(self, gallery_id: str) -> NotFound:
         state = "was deleted" if gallery_id in self._state.deleted else "does not exist"
         return NotFound(
@@ -436,12 +467,6 @@ class _Judge:
             cause=Cause.UNKNOWN_GALLERY,
             hint="list the galleries to see which there are",
         )
-
-
-def same_person(one: str, other: str) -> bool:
-    """Whether two names are one, however they are spaced or capitalised. An empty name is nobody's."""
-    first, second = (" ".join(name.split()).casefold() for name in (one, other))
-    return not first or not second or first == second
 
 
 def _check_open(known: dict[str, bool], what: str, field: str, name: str) -> None:

@@ -14,14 +14,16 @@ from matcher_service.terms import EntryKind, Gallery, Proposal, SpaceId, Templat
 @dataclass(slots=True)
 class CatalogueState:
     """`spaces` carries with each space the sequence that registered it; `deployments` and `cases` say of each id
-    whether it has ended, `credentials` when it was revoked (None: it was not); `proposals` are those that wait or were
-    closed. `sequence` is the newest catalogue entry applied."""
+    whether it has ended, `closes_at_ms` when the others of the deployments close, `credentials` when it was revoked
+    (None: it was not); `proposals` are those that wait or were closed. `sequence` is the newest catalogue entry
+    applied."""
 
     sequence: int = 0
     spaces: dict[SpaceId, tuple[TemplateSpace, int]] = field(default_factory=dict)
     galleries: dict[str, Gallery] = field(default_factory=dict)
     deleted: set[str] = field(default_factory=set)
     deployments: dict[str, bool] = field(default_factory=dict)
+    closes_at_ms: dict[str, int] = field(default_factory=dict)
     cases: dict[str, bool] = field(default_factory=dict)
     credentials: dict[str, int | None] = field(default_factory=dict)
     proposals: dict[str, Proposal] = field(default_factory=dict)
@@ -44,8 +46,14 @@ class CatalogueState:
             case EntryKind.DEPLOYMENT_CREATED:
                 deployment = records.decode_deployment(record)
                 self.deployments[deployment.deployment_id] = deployment.ended_at_ms is not None
+                self.closes_at_ms[deployment.deployment_id] = deployment.closes_at_ms
             case EntryKind.DEPLOYMENT_ENDED:
-                self.deployments[records.decode_ended(record)[0]] = True
+                ended = records.decode_ended(record)[0]
+                self.deployments[ended] = True
+                self.closes_at_ms.pop(ended, None)
+            case EntryKind.WATCHLIST_APPROVED:
+                gallery_id, approved_by = records.decode_approval(record)
+                self.galleries[gallery_id] = records.approved(self.galleries[gallery_id], approved_by)
             case EntryKind.CASE_CREATED:
                 case = records.decode_case(record)
                 self.cases[case.case_reference] = case.ended_at_ms is not None

@@ -7,18 +7,28 @@ Nothing here commits; whoever opened the connection does.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from sqlalchemy import BindParameter, Connection, bindparam, delete, func, insert, literal, select
+from sqlalchemy import BindParameter, Connection, bindparam, delete, func, insert, literal, select, update
 
 from matcher_service import audit, records
 from matcher_service.errors import LogUnavailable
 from matcher_service.gallery import seal
 from matcher_service.gallery.keys import Keyring
 from matcher_service.gallery.names import storable
-from matcher_service.gallery.schema import alert, audit_record, enrolment_key, entry, erasure, insert_many, live
+from matcher_service.gallery.schema import (
+    alert,
+    audit_record,
+    enrolment_key,
+    entry,
+    erasure,
+    insert_many,
+    live,
+    tally,
+)
 from matcher_service.gallery.state import CatalogueState
 from matcher_service.terms import Actor, Alert, AuditEvent, Enrol, EnrolRun, EntryKind, Withdraw, Write
 
@@ -96,6 +106,7 @@ class WriteTransaction:
         self._found_hash = self._audit_hash
         state.catch_up(connection)
         self.destroyed: list[str] = []
+        self.runs: list[EnrolRun] = []
         # What is known of `live`, including what is not yet stored (None: held nowhere); which of it has a row;
         # which of it has changed.
         self._held: dict[Place, Held | None] = {}
@@ -106,9 +117,9 @@ class WriteTransaction:
         self._keys_outlived: set[Place] = set()
         self._entries_out: list[tuple[object, ...]] = []
         self._erasures_out: list[tuple[object, ...]] = []
-        self.runs: list[EnrolRun] = []
         self._audit_out: list[tuple[object, ...]] = []
         self._alerts_out: list[tuple[object, ...]] = []
+        self._counts_out: Counter[tuple[str, str]] = Counter()
         self._notes: dict[Note, list[list[int]]] = {}
         self._ciphers: dict[str, AESGCM] = {}
 
@@ -275,6 +286,8 @@ class WriteTransaction:
             self._alerts_out.append(
                 (place, one.alert_id, one.deployment_id, one.raised_at_ms, erase_at_ms, sealed, None)
             )
+            self.count(records.authority_name(one.deployment_id, one.case_reference), "alerts", 1)
+            self.count(records.authority_name(one.deployment_id, one.case_reference), "alerts_open", 1)
             facts = {
                 "deployment_id": one.deployment_id,
                 "case_reference": one.case_reference,
@@ -284,6 +297,10 @@ class WriteTransaction:
                 "policy_version": one.policy_version,
             }
             self.chain(SERVICE.name, "alert.raised", one.alert_id, facts, audit.reread(content), erase_at_ms)
+
+    def count(self, authority: str, name: str, by: int) -> None:
+        """Add to a counter of a deployment or case."""
+        self._counts_out[authority, name] += by
 
     def chain(
         self,
@@ -382,17 +399,10 @@ class WriteTransaction:
         self._audit_out = []
         insert_many(connection, alert, self._alerts_out)
         self._alerts_out = []
-
-
-def ranges(sequences: Iterable[int]) -> list[list[int]]:
-    """Ascending integers as closed ranges: 3, 4, 5, 9 become [[3, 5], [9, 9]]."""
-    closed: list[list[int]] = []
-    for one in sequences:
-        if closed and closed[-1][1] == one - 1:
-            closed[-1][1] = one
-        else:
-            closed.append([one, one])
-    return closed
+        for (authority, name), by in self._counts_out.items():
+            if not connection.execute(_ADD_TO_TALLY, {"of": authority, "called": name, "by": by}).rowcount:
+                connection.execute(insert(tally).values(authority=authority, name=name, count=by))
+        self._counts_out.clear()
 
 
 def _slices(names: list[str]) -> Iterable[list[str]]:
@@ -420,6 +430,11 @@ _FIRST_USES = (
     .where(enrolment_key.c.gallery_id == _GALLERY, enrolment_key.c.idempotency_key.in_(_WANTED))
 )
 _DROP_HELD = delete(live).where(live.c.gallery_id == _GALLERY, live.c.reference_id == bindparam("reference"))
+_ADD_TO_TALLY = (
+    update(tally)
+    .where(tally.c.authority == bindparam("of"), tally.c.name == bindparam("called"))
+    .values(count=tally.c.count + bindparam("by"))
+)
 _DROP_KEY = delete(enrolment_key).where(
     enrolment_key.c.gallery_id == _GALLERY, enrolment_key.c.idempotency_key == bindparam("key")
 )
