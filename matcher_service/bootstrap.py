@@ -32,7 +32,6 @@ from matcher_service.access.conduct import Conduct
 from matcher_service.access.edge_tokens import EdgeTokens, load_or_create_key
 from matcher_service.access.people import people_of
 from matcher_service.admission import Admission, ServiceTime
-from matcher_service.alerts import AlertFeed
 from matcher_service.batching import Batcher
 from matcher_service.catalogue import Catalogue
 from matcher_service.clock import LawfulTime, SystemClock
@@ -173,7 +172,7 @@ async def _serving(
 ) -> AsyncIterator[Running]:
     admissions = settings.admission
     log, shard, models = form.log, form.shard, form.models
-    time, catalogue, feed = LawfulTime(clock), Catalogue(), AlertFeed()
+    time, catalogue, feed = LawfulTime(clock), Catalogue(), form.feed
     replay = form.follow(catalogue, time)
     await replay.catch_up()
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from matcher_service import upkeep
+from matcher_service.alerts import AlertFeed, RelayedAlerts
 from matcher_service.catalogue import Catalogue
 from matcher_service.catalogue_replay import CatalogueReplay
 from matcher_service.clock import LawfulTime
@@ -37,6 +38,7 @@ class Form:
     log: SqlGalleryLog
     shard: Shard
     models: Models
+    feed: AlertFeed
     follow: Callable[[Catalogue, LawfulTime], Followed]
     beside: Mapping[str, Callable[[], Coroutine[Any, Any, None]]]
 
@@ -60,6 +62,7 @@ async def _embedded(settings: Settings, clock: Clock, metrics: Metrics) -> Async
                 log,
                 shard,
                 models,
+                AlertFeed(),
                 lambda catalogue, time: Replay(log, shard, catalogue, models, time, clock, metrics),
                 {"tend": lambda: upkeep.tend(shard, log, metrics)},
             )
@@ -98,10 +101,16 @@ async def _cluster(settings: Settings, clock: Clock, metrics: Metrics) -> AsyncI
         )
         closing.push_async_callback(shard.close)
         await shard.look()
+        feed = RelayedAlerts()
         yield Form(
             log,
             shard,
             models,
+            feed,
             lambda catalogue, time: CatalogueReplay(log, shard, catalogue, models, time, clock, metrics),
-            {"watch": shard.watch, "show": lambda: upkeep.show(shard, metrics)},
+            {
+                "watch": shard.watch,
+                "relay": lambda: feed.relay(log),
+                "show": lambda: upkeep.show(shard, metrics),
+            },
         )
