@@ -200,7 +200,7 @@ class PostgresDatabase:
         self.reader.dispose()
         self.writer.dispose()
 
-    def _engine(self, connections: int, *options: str, reply_s_max: float = REPLY_S_MAX) -> Engine:
+    def _engine(self, connections: int, *options: str, reply_s_max: float | None = None) -> Engine:
         writes = not options
         turns = (f"idle_in_transaction_session_timeout={_TURN_S_MAX}s", f"lock_timeout={_WAIT_FOR_TURN_S_MAX}s")
         engine = create_engine(
@@ -266,7 +266,7 @@ class _Listener:
                 either.select(POLL_S)
 
 
-def _connect(url: URL, *options: str, autocommit: bool = False, reply_s_max: float = REPLY_S_MAX) -> BoundedConnection:
+def _connect(url: URL, *options: str, autocommit: bool = False, reply_s_max: float | None = None) -> BoundedConnection:
     _, found = url.get_dialect()().create_connect_args(url)
     arguments = dict(found)
     arguments.setdefault("connect_timeout", CONNECT_S_MAX)
@@ -275,7 +275,8 @@ def _connect(url: URL, *options: str, autocommit: bool = False, reply_s_max: flo
     if options:
         arguments["options"] = " ".join([arguments.get("options", ""), *(f"-c {one}" for one in options)])
     connection = BoundedConnection.connect(autocommit=autocommit, **arguments)
-    connection.reply_s_max = reply_s_max
+    if reply_s_max is not None:
+        connection.reply_s_max = reply_s_max
     return connection
 
 

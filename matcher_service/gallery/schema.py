@@ -92,7 +92,7 @@ audit_record = Table(
     Column("position", Sequence, primary_key=True, autoincrement=False),
     Column("chained", LargeBinary, nullable=False, comment="canonical JSON of the record and its hash"),
     Column("hash", Text, nullable=False),
-    Column("sealed", LargeBinary, comment="salt and detail, sealed; NULL if none or erased"),
+    Column("sealed", LargeBinary, comment="salt and detail, sealed; NULL if there is none or it was erased"),
     Column("erase_at_ms", BigInteger, comment="when salt and detail are to be erased; NULL: with the log"),
 )
 Index("ix_audit_record_erase_at_ms", audit_record.c.erase_at_ms)
