@@ -7,7 +7,6 @@ Stop:  not ready, refuse new work, finish what was admitted, close the edges, en
 from __future__ import annotations
 
 import asyncio
-import gc
 import platform
 import shutil
 import signal
@@ -26,7 +25,7 @@ import uvicorn
 import uvloop
 from cryptography import x509
 
-from matcher_service import forms, policy, process_lock, upkeep
+from matcher_service import forms, interpreter, policy, process_lock, upkeep
 from matcher_service.access.authentication import Authentication
 from matcher_service.access.conduct import Conduct
 from matcher_service.access.edge_tokens import EdgeTokens, load_or_create_key
@@ -51,15 +50,6 @@ from matcher_service.models.embedder.card import read_card
 from matcher_service.models.embedder.outcome import TemplateMaker
 from matcher_service.seams import Clock
 from matcher_service.settings import EmbedderSettings, Settings, is_loopback
-
-# New objects between two looks of the garbage collector, and how many of those until it looks at older ones. A batch
-# of references is tens of thousands of small objects that die together: with the interpreter's 700 the collector
-# took most of the time of an import, and its pauses fell on searches.
-GARBAGE_LOOKS = (100_000, 20, 50)
-
-# How long a thread that only runs Python may keep the interpreter from one that waits for it. A search asks for it
-# back dozens of times, after each piece of arithmetic; with the interpreter's 5 ms it stood still during an import.
-SWITCH_INTERVAL_S = 0.0005
 
 # Time for answers already computed to leave through open streams.
 FAREWELL_S = 1.0
@@ -392,11 +382,7 @@ async def _serve(settings: Settings) -> int:
             f"matcher: token {service.token_file}",
         ):
             print(line, flush=True)  # noqa: T201
-        # What stands after the start stays for ever: not to be looked through again.
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(*GARBAGE_LOOKS)
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        interpreter.tune()
         waits = [asyncio.create_task(stop.wait()), asyncio.create_task(service.failed.wait())]
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
