@@ -6,6 +6,7 @@ and something missing (law 4). Without a written audit nothing is disclosed (law
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 
 from matcher_service.batching import Found
@@ -72,6 +73,34 @@ def decide(
                 alert_id=new_alert_id(),
             )
     return decisions
+
+
+def with_repeatable_ids(message: ProbeMessage, decisions: Sequence[Decision]) -> list[Decision]:
+    """The decisions with alert ids that a probe has again if its stream sends it again and the same is found.
+
+    The candidates and their scores are part of what is hashed: another finding is another alert, so no alert can be
+    hidden behind an earlier one's id. The nonce, which only the edge node knows, keeps the digest from being guessed.
+    """
+    return [
+        one._replace(alert_id=_repeatable_id(message, row, one)) if one.outcome is Outcome.ALERT else one
+        for row, one in enumerate(decisions)
+    ]
+
+
+def _repeatable_id(message: ProbeMessage, row: int, decision: Decision) -> str:
+    captured_at_ms = int(message.captured_at_ms[row])
+    digest = hashlib.sha256(message.stream_nonce)
+    for part in (
+        message.actor.name,
+        message.deployment_id,
+        message.case_reference,
+        decision.probe_id,
+        str(captured_at_ms),
+        *(f"{one.gallery_id}\0{one.reference_id}\0{one.score!r}" for one in decision.candidates),
+    ):
+        text = part.encode()
+        digest.update(len(text).to_bytes(4, "big") + text)
+    return f"{min(max(captured_at_ms, 0), 2**48 - 1):012x}-{digest.hexdigest()[:16]}"
 
 
 def alert_records(

@@ -13,10 +13,11 @@ from typing import ParamSpec, TypeVar
 import structlog
 
 from matcher_service import policy, reference_rows
+from matcher_service.access.rates import Rates
 from matcher_service.admission import Admission
 from matcher_service.catalogue import Catalogue
 from matcher_service.clock import LawfulTime
-from matcher_service.errors import MatcherError, NotFound, ReplayBehind
+from matcher_service.errors import Forbidden, MatcherError, NotFound, Overloaded, ReplayBehind, TooLarge
 from matcher_service.metrics import Metrics
 from matcher_service.receipts import EnrolReceipts
 from matcher_service.replay import Following
@@ -24,7 +25,10 @@ from matcher_service.seams import Clock, GalleryLog, Models
 from matcher_service.settings import LimitSettings
 from matcher_service.terms import (
     Actor,
+    CloseProposal,
+    DeleteGallery,
     EnrolMessage,
+    ProposalAction,
     Receipt,
     Withdraw,
     WithdrawSubject,
@@ -41,6 +45,8 @@ _VALUES_IN_LOOP_MAX = 1 << 18
 
 # A withdrawal is acknowledged only when it is obeyed; the caller would rather wait than be told less.
 OBEYED_WITHIN_S = 30.0
+
+BULK_WITHIN_S = 3600.0
 
 
 class Writing:
@@ -66,13 +72,14 @@ class Writing:
         self._limits = limits
         self._metrics = metrics
         self._log_seconds = metrics.station_seconds.labels("gallery_log")
+        self._withdrawn_by = Rates(clock, BULK_WITHIN_S, "the withdrawals of one person in an hour")
 
     async def enrol(self, message: EnrolMessage) -> EnrolReceipts:
         """One receipt or refusal per reference, in order, after what was accepted is durable.
 
         Raises MatcherError if the message as a whole is refused.
         """
-        gallery = policy.gallery_named(message.gallery_id, self._catalogue)
+        gallery = policy.gallery_of(message.actor, message.gallery_id, self._catalogue)
         policy.require_comparable(message.space, gallery.space, self._catalogue)
         with self._admission.admit(message.actor, len(message.reference_ids), message.deadline):
             stuck = self._replay.refusal
@@ -96,8 +103,13 @@ class Writing:
 
     async def withdraw(self, gallery_id: str, reference_ids: Sequence[str], reason: str, actor: Actor) -> Receipt:
         """End the searchability of these references now. Raises NotFound if none of them is live; those that
-        are not are otherwise passed over."""
-        policy.gallery_named(gallery_id, self._catalogue)
+        are not are otherwise passed over. Many at once take two persons (`approve`)."""
+        policy.gallery_of(actor, gallery_id, self._catalogue)
+        if actor.person:
+            self._require_few(actor, len(reference_ids))
+        return await self._withdraw(gallery_id, reference_ids, reason, actor)
+
+    async def _withdraw(self, gallery_id: str, reference_ids: Sequence[str], reason: str, actor: Actor) -> Receipt:
         answers = await self._append([Withdraw(gallery_id, one, reason) for one in reference_ids], actor)
         receipts = [answer for answer in answers if isinstance(answer, Receipt)]
         if not receipts:
@@ -106,10 +118,20 @@ class Writing:
         return await self._obeyed(Receipt(WriteOutcome.DONE, receipts[-1].sequence, ended))
 
     async def withdraw_subject(self, gallery_id: str, subject_id: str, reason: str, actor: Actor) -> Receipt:
-        """The same for every live reference of a subject, in one gallery or (gallery_id "") in all."""
+        """The same for every live reference of a subject, in one gallery or (gallery_id "") in all that the actor
+        has rights over."""
         if gallery_id:
-            policy.gallery_named(gallery_id, self._catalogue)
-        receipt = _receipt((await self._append([WithdrawSubject(gallery_id, subject_id, reason)], actor))[0])
+            policy.gallery_of(actor, gallery_id, self._catalogue)
+        places = [gallery_id]
+        if not gallery_id and actor.galleries is not None:
+            places = sorted(actor.galleries & self._catalogue.galleries.keys())
+        answers = await self._append([WithdrawSubject(one, subject_id, reason) for one in places], actor)
+        receipts = [_receipt(one) for one in answers]
+        receipt = Receipt(
+            WriteOutcome.DONE,
+            max((one.sequence for one in receipts), default=0),
+            tuple(pair for one in receipts for pair in one.reference_ids),
+        )
         if not receipt.reference_ids:
             raise NotFound(
                 f"no live reference of subject {subject_id!r}",
@@ -121,9 +143,41 @@ class Writing:
     async def change(self, write: Write, actor: Actor) -> Receipt:
         """A change of the catalogue: judged, committed, and obeyed when this returns."""
         policy.judge_change(
-            write, self._catalogue, self._limits.id_bytes_max, self._limits.dimension_max, self._time.now_ms()
+            write, actor, self._catalogue, self._limits.id_bytes_max, self._limits.dimension_max, self._time.now_ms()
         )
         return await self._obeyed(_receipt((await self._append([write], actor))[0]), catalogue=True)
+
+    async def approve(self, proposal_id: str, reason: str, actor: Actor) -> Receipt:
+        """Do what one authenticated person proposed, on the word of another; the receipt of the change.
+
+        The change comes first and closes the proposal after it. A crash between the two leaves the proposal open,
+        and approving it again says that there is nothing left to change.
+        """
+        proposal = policy.approvable(proposal_id, actor, self._catalogue, self._time.now_ms())
+        match proposal.action:
+            case ProposalAction.THRESHOLD:
+                change = policy.proposed_threshold(proposal, actor.person)
+                policy.judge_threshold_change(change, self._catalogue, self._limits.id_bytes_max)
+                receipt = _receipt((await self._append([change], actor))[0])
+            case ProposalAction.GALLERY_DELETION:
+                deletion = DeleteGallery(proposal.gallery_id, proposal.reason, proposal.proposed_by, actor.person)
+                receipt = _receipt((await self._append([deletion], actor))[0])
+            case ProposalAction.WITHDRAWAL:
+                receipt = await self._withdraw(proposal.gallery_id, proposal.reference_ids, proposal.reason, actor)
+        closed = await self._append([CloseProposal(proposal_id, "approved", actor.person, reason)], actor)
+        await self._obeyed(_receipt(closed[0]), catalogue=True)
+        return receipt
+
+    def _require_few(self, actor: Actor, references: int) -> None:
+        limit = policy.BULK_WITHDRAWAL_REFERENCES
+        try:
+            self._withdrawn_by.take(actor.name, references, limit / BULK_WITHIN_S)
+        except (Overloaded, TooLarge) as many:
+            raise Forbidden(
+                f"more than {limit} references of one person in an hour are a bulk withdrawal, which takes two persons",
+                field="reference_ids",
+                hint="propose it at /v1/proposals; an authorising officer other than you approves it",
+            ) from many
 
     async def _append(self, writes: Sequence[Write], actor: Actor) -> list[Receipt | MatcherError]:
         if not writes:

@@ -6,28 +6,44 @@ and every alert.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from matcher_service.access import bands
 from matcher_service.catalogue import Catalogue
 from matcher_service.errors import Conflict, Forbidden, Gone, InvalidInput, MatcherError, NotFound, StaleProbe
 from matcher_service.models.score_calibrator import check_table
 from matcher_service.models.template_adapter import check_space
 from matcher_service.terms import (
+    Actor,
+    Alert,
     Case,
     Cause,
     ChangeThreshold,
+    CloseProposal,
     CreateCase,
     CreateDeployment,
     CreateGallery,
+    DeleteGallery,
     Deployment,
+    EdgeCredential,
+    EndCase,
+    EndDeployment,
     Float32,
     Gallery,
+    GalleryKind,
+    IssueCredential,
+    MakeProposal,
     ProbeMessage,
+    Proposal,
+    ProposalAction,
     RegisterSpace,
+    RevokeCredential,
+    Scope,
     SpaceId,
     Write,
 )
@@ -42,6 +58,15 @@ RETENTION_MS_MAX = 10 * 365 * 86_400_000
 DEPLOYMENT_MS_MAX = 31 * 86_400_000
 CASE_MS_MAX = 365 * 86_400_000
 PROBE_AGE_MS_MAX = 3_600_000
+EDGE_PROBES_PER_S_MAX = 5_000
+PROPOSAL_MS_MAX = 7 * 86_400_000
+
+# More references than this in one withdrawal, or of one person in an hour, are a bulk withdrawal.
+BULK_WITHDRAWAL_REFERENCES = 100
+PROPOSED_REFERENCES_MAX = 10_000
+CAMERAS_MAX = 256
+
+_CERTIFICATE = re.compile(r"sha256:[0-9a-f]{64}|san:[!-~]{1,256}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +79,7 @@ class SearchPlan:
     target: SpaceId
     rank_max: int
     probe_age_ms_max: int | None
+    kinds: frozenset[GalleryKind] = frozenset()
 
 
 def plan(message: ProbeMessage, catalogue: Catalogue, now_ms: int) -> SearchPlan:
@@ -62,6 +88,8 @@ def plan(message: ProbeMessage, catalogue: Catalogue, now_ms: int) -> SearchPlan
     Raises Forbidden, NotFound, Gone or InvalidInput.
     """
     authority = _authority(message, catalogue, now_ms)
+    _require_camera(message, authority)
+    bands.require_an_edge(message.actor, message.threshold)
     galleries = _galleries(message, authority, catalogue)
     target = galleries[0].space
     for gallery in galleries[1:]:
@@ -82,11 +110,12 @@ def plan(message: ProbeMessage, catalogue: Catalogue, now_ms: int) -> SearchPlan
         )
     return SearchPlan(
         gallery_ids=tuple(gallery.gallery_id for gallery in galleries),
-        thresholds=tuple(_threshold(message.threshold, gallery) for gallery in galleries),
+        thresholds=tuple(_threshold(message.threshold, gallery, authority) for gallery in galleries),
         source=message.space,
         target=target,
         rank_max=message.rank_max,
         probe_age_ms_max=authority.probe_age_ms_max if isinstance(authority, Deployment) else None,
+        kinds=frozenset(gallery.kind for gallery in galleries),
     )
 
 
@@ -104,7 +133,7 @@ def _authority(message: ProbeMessage, catalogue: Catalogue, now_ms: int) -> Depl
             field="deployment_id",
             hint="name the deployment_id or the case_reference under which you search",
         )
-    if authority is None:
+    if authority is None or not may_see(message.actor, authority):
         raise NotFound(f"no such {field} {name!r}", field=field, hint="create it first, or check its spelling")
     if authority.ended_at_ms is not None or now_ms >= authority.closes_at_ms:
         raise Gone(f"{field} {name!r} has ended", field=field, hint="search under a current authority")
@@ -113,29 +142,84 @@ def _authority(message: ProbeMessage, catalogue: Catalogue, now_ms: int) -> Depl
     return authority
 
 
+def may_see(actor: Actor, authority: Deployment | Case) -> bool:
+    """Whether a deployment or case exists for this actor: an edge node's is its own, a person's one with a gallery
+    that the person has rights over."""
+    if actor.deployment_id:
+        return isinstance(authority, Deployment) and authority.deployment_id == actor.deployment_id
+    return actor.galleries is None or not actor.galleries.isdisjoint(authority.gallery_ids)
+
+
+def may_see_alert(actor: Actor, alert: Alert) -> bool:
+    """Whether an alert exists for this actor: of its own deployment, with candidates of its own galleries only."""
+    if actor.deployment_id and alert.deployment_id != actor.deployment_id:
+        return False
+    return all(actor.has_rights_over(one.gallery_id) for one in alert.candidates)
+
+
+def _require_camera(message: ProbeMessage, authority: Deployment | Case) -> None:
+    cameras = message.actor.cameras or (authority.cameras if isinstance(authority, Deployment) else ())
+    if cameras and message.camera_id not in cameras:
+        raise Forbidden(
+            f"camera {message.camera_id!r} is not one of the deployment's"
+            if message.camera_id
+            else "no camera is named",
+            field="camera_id",
+            hint=f"the deployment was authorised for {', '.join(cameras)}",
+        )
+
+
 def _galleries(message: ProbeMessage, authority: Deployment | Case, catalogue: Catalogue) -> list[Gallery]:
+    allowed = [one for one in authority.gallery_ids if message.actor.has_rights_over(one)]
     named = message.gallery_ids or tuple(
-        gallery_id for gallery_id in authority.gallery_ids if gallery_id not in catalogue.deleted_galleries
+        gallery_id
+        for gallery_id in allowed
+        if gallery_id not in catalogue.deleted_galleries and _unasked(gallery_id, authority, catalogue)
     )
     galleries = []
     for gallery_id in sorted(set(named)):
-        if gallery_id not in authority.gallery_ids:
+        if gallery_id not in allowed:
             # The same answer whether or not such a gallery exists: its existence is not the caller's to learn.
             raise Forbidden(
                 f"gallery {gallery_id!r} is not among those that the authority allows",
                 field="gallery_ids",
                 cause=Cause.UNKNOWN_GALLERY,
-                hint=f"it allows {', '.join(sorted(authority.gallery_ids))}",
+                hint=f"it allows {', '.join(sorted(allowed))}",
             )
-        galleries.append(gallery_named(gallery_id, catalogue, field="gallery_ids"))
+        gallery = gallery_named(gallery_id, catalogue, field="gallery_ids")
+        if gallery.kind is GalleryKind.IMMIGRATION and isinstance(authority, Case):
+            _require_immigration_authority(authority)
+        galleries.append(gallery)
     if not galleries:
         raise Gone(
-            "every gallery of the authority has been deleted",
+            "no gallery that the authority allows is left to search",
             field="gallery_ids",
             cause=Cause.UNKNOWN_GALLERY,
-            hint="create an authority over the galleries that exist",
+            hint="name an immigration gallery to search it, or create an authority over the galleries that exist",
         )
     return galleries
+
+
+def _unasked(gallery_id: str, authority: Deployment | Case, catalogue: Catalogue) -> bool:
+    """Whether a search that names no gallery goes there: a case's into an immigration gallery only when asked."""
+    gallery = catalogue.galleries.get(gallery_id)
+    return isinstance(authority, Deployment) or gallery is None or gallery.kind is not GalleryKind.IMMIGRATION
+
+
+def _require_immigration_authority(case: Case) -> None:
+    if not case.immigration_authority:
+        raise Forbidden(
+            f"case {case.case_reference!r} has no authority for an immigration gallery",
+            field="gallery_ids",
+            hint="create a case that states its immigration_authority",
+        )
+
+
+def gallery_of(actor: Actor, gallery_id: str, catalogue: Catalogue, *, field: str = "gallery_id") -> Gallery:
+    """The gallery, for an actor who has rights over it; for anybody else as if it never was."""
+    if not actor.has_rights_over(gallery_id):
+        raise _no_gallery(gallery_id, field)
+    return gallery_named(gallery_id, catalogue, field=field)
 
 
 def gallery_named(gallery_id: str, catalogue: Catalogue, *, field: str = "gallery_id") -> Gallery:
@@ -150,7 +234,11 @@ def gallery_named(gallery_id: str, catalogue: Catalogue, *, field: str = "galler
             cause=Cause.UNKNOWN_GALLERY,
             hint="its references are withdrawn; name another gallery",
         )
-    raise NotFound(
+    raise _no_gallery(gallery_id, field)
+
+
+def _no_gallery(gallery_id: str, field: str) -> NotFound:
+    return NotFound(
         f"no gallery {gallery_id!r}",
         field=field,
         cause=Cause.UNKNOWN_GALLERY,
@@ -158,18 +246,21 @@ def gallery_named(gallery_id: str, catalogue: Catalogue, *, field: str = "galler
     )
 
 
-def _threshold(asked: float | None, gallery: Gallery) -> float:
+def _threshold(asked: float | None, gallery: Gallery, authority: Deployment | Case) -> float:
+    least = gallery.threshold
+    if isinstance(authority, Deployment) and authority.threshold is not None:
+        least = max(least, authority.threshold)
     if asked is None:
-        return gallery.threshold
+        return least
     # As float32, which is what the wire carries: a threshold read from a reply and sent back must hold.
-    if np.float32(asked) < np.float32(gallery.threshold):
+    if np.float32(asked) < np.float32(least):
         raise InvalidInput(
-            f"threshold {asked:g} is below the {gallery.threshold:g} of gallery {gallery.gallery_id}",
+            f"threshold {asked:g} is below the {least:g} of gallery {gallery.gallery_id}",
             field="threshold",
             cause=Cause.THRESHOLD_BELOW_FLOOR,
             hint="a request may only raise a threshold: leave it out, or ask for a higher one",
         )
-    return max(asked, gallery.threshold)
+    return max(asked, least)
 
 
 def require_comparable(source: SpaceId, target: SpaceId, catalogue: Catalogue) -> None:
@@ -263,33 +354,43 @@ def _untimely(row: int, age_ms: int, age_ms_max: int) -> MatcherError:
 # --- writes ----------------------------------------------------------------------------------------
 
 
-def judge_change(write: Write, catalogue: Catalogue, id_bytes_max: int, dimension_max: int, now_ms: int) -> None:
-    """Judge a catalogue write before it is offered to the log; raises InvalidInput, NotFound or Conflict."""
+def judge_change(
+    write: Write, actor: Actor, catalogue: Catalogue, id_bytes_max: int, dimension_max: int, now_ms: int
+) -> None:
+    """Judge a catalogue write of an actor before it is offered to the log.
+
+    Raises InvalidInput, NotFound, Conflict, or Forbidden for what takes two persons.
+    """
     match write:
         case CreateGallery(gallery):
+            _require_own(actor, gallery.gallery_id)
             _judge_gallery(gallery, catalogue, id_bytes_max)
         case CreateDeployment(deployment):
-            _judge_window(
-                deployment, deployment.deployment_id, "deployment_id", DEPLOYMENT_MS_MAX, now_ms, id_bytes_max
-            )
-            _require_text(deployment.authorised_by, "authorised_by", id_bytes_max)
-            _require_text(deployment.reason, "reason", 4096)
-            if not 1 <= deployment.probe_age_ms_max <= PROBE_AGE_MS_MAX:
-                raise InvalidInput(
-                    f"{deployment.probe_age_ms_max} is not between 1 and {PROBE_AGE_MS_MAX}",
-                    field="probe_age_ms_max",
-                    hint="say how old a live probe may be",
-                )
-            _require_unused(deployment.deployment_id, catalogue.deployments, "deployment_id")
-            _require_galleries(deployment.gallery_ids, catalogue)
+            _judge_deployment(deployment, actor, catalogue, id_bytes_max, now_ms)
         case CreateCase(case):
-            _judge_window(case, case.case_reference, "case_reference", CASE_MS_MAX, now_ms, id_bytes_max)
-            _require_text(case.requested_by, "requested_by", id_bytes_max)
-            _require_text(case.purpose, "purpose", 4096)
-            _require_unused(case.case_reference, catalogue.cases, "case_reference")
-            _require_galleries(case.gallery_ids, catalogue)
+            _judge_case(case, actor, catalogue, id_bytes_max, now_ms)
+        case EndDeployment(deployment_id):
+            _require_visible(actor, deployment_id, "deployment_id", catalogue.deployments)
+        case EndCase(case_reference):
+            _require_visible(actor, case_reference, "case_reference", catalogue.cases)
         case ChangeThreshold():
-            _judge_threshold_change(write, catalogue, id_bytes_max)
+            gallery_of(actor, write.gallery_id, catalogue)
+            _require_two_persons(actor, "a change of threshold")
+            judge_threshold_change(write, catalogue, id_bytes_max)
+        case DeleteGallery():
+            if not actor.has_rights_over(write.gallery_id):
+                raise _no_gallery(write.gallery_id, "gallery_id")
+            _require_two_persons(actor, "the deletion of a gallery")
+        case IssueCredential(credential):
+            _judge_credential(credential, actor, catalogue, id_bytes_max, now_ms)
+        case RevokeCredential():
+            credential_of(actor, write.credential_id, catalogue)
+            _require_text(write.reason, "reason", 1024)
+        case MakeProposal(proposal):
+            _judge_proposal(proposal, actor, catalogue, id_bytes_max, now_ms)
+        case CloseProposal():
+            proposal_of(actor, write.proposal_id, catalogue)
+            _require_text(write.reason, "reason", 1024)
         case RegisterSpace(space):
             _require_text(space.id.name, "name", id_bytes_max)
             if not 2 <= space.id.dimension <= dimension_max:
@@ -304,6 +405,188 @@ def judge_change(write: Write, catalogue: Catalogue, id_bytes_max: int, dimensio
                 check_table(space.score_table)
         case _:
             pass
+
+
+def _require_own(actor: Actor, gallery_id: str) -> None:
+    if not actor.has_rights_over(gallery_id):
+        raise Forbidden(
+            f"gallery {gallery_id!r} is not one that this credential has rights over",
+            field="gallery_id",
+            hint="the identity provider must name it among the person's galleries",
+        )
+
+
+def _require_visible(actor: Actor, name: str, field: str, known: Mapping[str, Deployment | Case]) -> None:
+    authority = known.get(name)
+    if authority is not None and not may_see(actor, authority):
+        # As the log answers for one that never was.
+        what = "deployment" if field == "deployment_id" else "case"
+        raise NotFound(f"{what} {name} does not exist", field=field, hint=f"list the {what}s to see which there are")
+
+
+def _require_two_persons(actor: Actor, what: str) -> None:
+    if actor.person:
+        raise Forbidden(
+            f"{what} takes two persons",
+            field="authorization",
+            hint="propose it at /v1/proposals; an authorising officer other than you approves it",
+        )
+
+
+def _judge_deployment(
+    deployment: Deployment, actor: Actor, catalogue: Catalogue, id_bytes_max: int, now_ms: int
+) -> None:
+    _judge_window(deployment, deployment.deployment_id, "deployment_id", DEPLOYMENT_MS_MAX, now_ms, id_bytes_max)
+    _require_text(deployment.authorised_by, "authorised_by", id_bytes_max)
+    _require_text(deployment.reason, "reason", 4096)
+    for field in ("place", "legal_authority", "necessity"):
+        # On the loopback token nobody is authenticated, and what is left out stays empty in the record.
+        if actor.person or getattr(deployment, field):
+            _require_text(getattr(deployment, field), field, 4096)
+    if len(deployment.cameras) > CAMERAS_MAX:
+        raise InvalidInput(f"{len(deployment.cameras)} cameras", field="cameras", hint=f"name at most {CAMERAS_MAX}")
+    for row, camera in enumerate(deployment.cameras):
+        require_id(camera, f"cameras[{row}]", id_bytes_max)
+    if not 1 <= deployment.probe_age_ms_max <= PROBE_AGE_MS_MAX:
+        raise InvalidInput(
+            f"{deployment.probe_age_ms_max} is not between 1 and {PROBE_AGE_MS_MAX}",
+            field="probe_age_ms_max",
+            hint="say how old a live probe may be",
+        )
+    _require_unused(deployment.deployment_id, catalogue.deployments, "deployment_id")
+    for gallery in _require_galleries(deployment.gallery_ids, actor, catalogue):
+        _judge_deployment_threshold(deployment.threshold, gallery)
+
+
+def _judge_deployment_threshold(threshold: float | None, gallery: Gallery) -> None:
+    if threshold is not None and not gallery.threshold <= threshold <= 1.0:
+        raise InvalidInput(
+            f"threshold {threshold:g} is not between the {gallery.threshold:g} of gallery {gallery.gallery_id} and 1",
+            field="threshold",
+            cause=Cause.THRESHOLD_BELOW_FLOOR,
+            hint="a deployment may only raise a threshold: leave it out, or give a higher one",
+        )
+
+
+def _judge_case(case: Case, actor: Actor, catalogue: Catalogue, id_bytes_max: int, now_ms: int) -> None:
+    _judge_window(case, case.case_reference, "case_reference", CASE_MS_MAX, now_ms, id_bytes_max)
+    _require_text(case.requested_by, "requested_by", id_bytes_max)
+    _require_text(case.purpose, "purpose", 4096)
+    _require_unused(case.case_reference, catalogue.cases, "case_reference")
+    kinds = {gallery.kind for gallery in _require_galleries(case.gallery_ids, actor, catalogue)}
+    if GalleryKind.IMMIGRATION not in kinds:
+        return
+    if GalleryKind.CUSTODY not in kinds:
+        raise InvalidInput(
+            "a case over an immigration gallery names no custody gallery",
+            field="gallery_ids",
+            hint="custody is searched first: name a custody gallery as well",
+        )
+    _require_text(case.immigration_authority, "immigration_authority", 4096)
+    if actor.person and Scope.AUTHORISING_OFFICER not in actor.scopes:
+        raise Forbidden(
+            "a case over an immigration gallery is an authorising officer's to create",
+            field="gallery_ids",
+            hint="leave the immigration gallery out, or ask an authorising officer",
+        )
+
+
+def credential_of(actor: Actor, credential_id: str, catalogue: Catalogue) -> EdgeCredential:
+    """The edge credential, for an actor who may see its deployment; raises NotFound for anybody else."""
+    credential = catalogue.credentials.get(credential_id)
+    deployment = catalogue.deployments.get(credential.deployment_id) if credential is not None else None
+    if credential is None or deployment is None or not may_see(actor, deployment):
+        raise NotFound(f"no credential {credential_id!r}", field="credential_id", hint="list the credentials")
+    return credential
+
+
+def proposal_of(actor: Actor, proposal_id: str, catalogue: Catalogue) -> Proposal:
+    """The proposal, for an actor who has rights over its gallery; raises NotFound for anybody else."""
+    proposal = catalogue.proposals.get(proposal_id)
+    if proposal is None or not actor.has_rights_over(proposal.gallery_id):
+        raise NotFound(f"no proposal {proposal_id!r}", field="proposal_id", hint="list the proposals")
+    return proposal
+
+
+def _judge_credential(
+    credential: EdgeCredential, actor: Actor, catalogue: Catalogue, id_bytes_max: int, now_ms: int
+) -> None:
+    require_id(credential.credential_id, "credential_id", min(id_bytes_max, 64))
+    deployment = catalogue.deployments.get(credential.deployment_id)
+    if deployment is None or not may_see(actor, deployment):
+        raise NotFound(
+            f"no such deployment_id {credential.deployment_id!r}", field="deployment_id", hint="list the deployments"
+        )
+    if not now_ms < credential.expires_at_ms <= deployment.closes_at_ms:
+        raise InvalidInput(
+            "it must expire in the future, and no later than its deployment closes",
+            field="expires_at_ms",
+            hint="leave it out for the end of the deployment",
+        )
+    foreign = set(credential.cameras) - set(deployment.cameras)
+    if foreign:
+        raise InvalidInput(
+            f"not cameras of the deployment: {', '.join(sorted(foreign))}",
+            field="cameras",
+            hint=f"it was authorised for {', '.join(deployment.cameras) or 'no named camera'}",
+        )
+    if not 1 <= credential.probes_per_s <= EDGE_PROBES_PER_S_MAX:
+        raise InvalidInput(
+            f"{credential.probes_per_s} is not between 1 and {EDGE_PROBES_PER_S_MAX}",
+            field="probes_per_s",
+            hint="say how many faces a second its cameras see",
+        )
+    if credential.certificate and not _CERTIFICATE.fullmatch(credential.certificate):
+        raise InvalidInput(
+            "neither sha256: and 64 hex digits nor san: and a name",
+            field="certificate",
+            hint="give the fingerprint of the client certificate, or its subject alternative name",
+        )
+
+
+def _judge_proposal(proposal: Proposal, actor: Actor, catalogue: Catalogue, id_bytes_max: int, now_ms: int) -> None:
+    gallery_of(actor, proposal.gallery_id, catalogue)
+    if not actor.person or proposal.proposed_by != actor.person:
+        raise Forbidden(
+            "only an authenticated person can propose",
+            field="authorization",
+            hint="on the loopback token, change the threshold directly and state the two persons",
+        )
+    _require_text(proposal.reason, "reason", 4096)
+    if not now_ms < proposal.expires_at_ms <= now_ms + PROPOSAL_MS_MAX:
+        raise InvalidInput("not within a week from now", field="expires_at_ms", hint="leave it out")
+    if proposal.action is ProposalAction.THRESHOLD:
+        judge_threshold_change(proposed_threshold(proposal, "another"), catalogue, id_bytes_max)
+    listed = len(proposal.reference_ids)
+    if proposal.action is ProposalAction.WITHDRAWAL and not 1 <= listed <= PROPOSED_REFERENCES_MAX:
+        raise InvalidInput(f"{listed} references", field="reference_ids", hint=f"name 1 to {PROPOSED_REFERENCES_MAX}")
+
+
+def proposed_threshold(proposal: Proposal, approved_by: str) -> ChangeThreshold:
+    """The change that a proposal of a threshold stands for. Raises InvalidInput if it names none."""
+    if proposal.threshold is None:
+        raise InvalidInput("no threshold is proposed", field="threshold", hint="say which it is to be")
+    return ChangeThreshold(
+        proposal.gallery_id, proposal.threshold, proposal.reason, proposal.proposed_by, approved_by, proposal.rates
+    )
+
+
+def approvable(proposal_id: str, actor: Actor, catalogue: Catalogue, now_ms: int) -> Proposal:
+    """The proposal, if this person may approve it now. Raises NotFound, Gone, or Forbidden for who proposed it."""
+    proposal = proposal_of(actor, proposal_id, catalogue)
+    if proposal.closed_as or now_ms >= proposal.expires_at_ms:
+        raise Gone(
+            f"proposal {proposal_id} was {proposal.closed_as or 'left to expire'}",
+            field="proposal_id",
+            hint="propose it anew",
+        )
+    if not actor.person or actor.person == proposal.proposed_by:
+        raise Forbidden(
+            "a proposal is approved by a second authenticated person",
+            field="authorization",
+            hint="ask another authorising officer",
+        )
+    return proposal
 
 
 def _judge_gallery(gallery: Gallery, catalogue: Catalogue, id_bytes_max: int) -> None:
@@ -331,7 +614,7 @@ def _judge_gallery(gallery: Gallery, catalogue: Catalogue, id_bytes_max: int) ->
         )
 
 
-def _judge_threshold_change(change: ChangeThreshold, catalogue: Catalogue, id_bytes_max: int) -> None:
+def judge_threshold_change(change: ChangeThreshold, catalogue: Catalogue, id_bytes_max: int) -> None:
     gallery = gallery_named(change.gallery_id, catalogue)
     if not -1.0 <= change.threshold <= 1.0:
         raise InvalidInput(
@@ -376,11 +659,10 @@ def _judge_window(
         )
 
 
-def _require_galleries(gallery_ids: Sequence[str], catalogue: Catalogue) -> None:
+def _require_galleries(gallery_ids: Sequence[str], actor: Actor, catalogue: Catalogue) -> list[Gallery]:
     if not gallery_ids:
         raise InvalidInput("no gallery named", field="gallery_ids", cause=Cause.EMPTY, hint="name at least one")
-    for gallery_id in gallery_ids:
-        gallery_named(gallery_id, catalogue, field="gallery_ids")
+    return [gallery_of(actor, one, catalogue, field="gallery_ids") for one in gallery_ids]
 
 
 def _require_unused(name: str, taken: object, field: str) -> None:

@@ -16,9 +16,10 @@ import prometheus_client
 import uvicorn
 
 from matcher_service import decision
+from matcher_service.access.authentication import Authentication
 from matcher_service.alerts import AlertFeed
 from matcher_service.catalogue import Catalogue
-from matcher_service.clock import SystemClock
+from matcher_service.clock import LawfulTime, SystemClock
 from matcher_service.errors import Conflict, InvalidInput, MatcherError
 from matcher_service.gateway.credentials import BearerToken
 from matcher_service.gateway.grpc import GrpcServer, build_grpc_server
@@ -184,7 +185,7 @@ class FlatService:
             "settings": settings,
             "metrics": Metrics(prometheus_client.CollectorRegistry()),
             "clock": SystemClock(),
-            "credentials": BearerToken(TOKEN),
+            "credentials": Authentication(self.catalogue, LawfulTime(SystemClock()), BearerToken(TOKEN)),
         }
         return Service(**(parts | other))
 

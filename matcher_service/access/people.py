@@ -15,9 +15,10 @@ import orjson
 from joserfc import jwt
 from joserfc.errors import JoseError
 
-from matcher_service.access.key_sets import KeySet
+from matcher_service.access.key_sets import KeySet, from_file, from_url
 from matcher_service.access.verbs import EVERY_SCOPE
 from matcher_service.errors import Unauthenticated
+from matcher_service.seams import Clock
 from matcher_service.settings import AccessSettings
 from matcher_service.terms import Actor, Scope
 
@@ -69,6 +70,14 @@ class People:
         )
 
 
+def people_of(settings: AccessSettings, clock: Clock) -> People | None:
+    """The way in for persons that the settings name, None if they name none."""
+    if not settings.oidc_issuer:
+        return None
+    read = from_url(settings.oidc_jwks_url) if settings.oidc_jwks_file is None else from_file(settings.oidc_jwks_file)
+    return People(settings, KeySet(read, clock))
+
+
 def _header(token: str) -> Mapping[str, Any]:
     """The header only: nothing of the payload is believed before its signature."""
     first = token.partition(".")[0]
@@ -82,8 +91,8 @@ def _header(token: str) -> Mapping[str, Any]:
 
 
 def _judge_times(claims: Mapping[str, Any], settings: AccessSettings, now_s: float) -> float:
-    ends, issued, begins = claims.get("exp"), claims.get("iat"), claims.get("nbf", 0)
-    if not _is_number(ends) or not _is_number(issued) or not _is_number(begins):
+    ends, issued, begins = (_number(claims.get(name, 0 if name == "nbf" else None)) for name in ("exp", "iat", "nbf"))
+    if ends is None or issued is None or begins is None:
         raise _refused("the token must say when it was issued (iat) and when it expires (exp)")
     leeway = settings.oidc_leeway_s
     if now_s >= ends + leeway:
@@ -92,11 +101,14 @@ def _judge_times(claims: Mapping[str, Any], settings: AccessSettings, now_s: flo
         raise _refused("the token is not valid yet: one of the two clocks is wrong")
     if ends - issued > settings.oidc_lifetime_s_max:
         raise _refused(f"the token lives longer than {settings.oidc_lifetime_s_max:g} s")
-    return float(ends)
+    return ends
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e12
+def _number(value: Any) -> float | None:
+    """Seconds since 1970, or None for what is no number or no time."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e12:
+        return None
+    return float(value)
 
 
 def _scopes(claims: Mapping[str, Any], settings: AccessSettings) -> frozenset[Scope]:

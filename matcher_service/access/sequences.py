@@ -67,7 +67,8 @@ class Sequences:
 
     def _window(self, credential: str, nonce: bytes) -> _Window:
         now = self._clock.monotonic()
-        window = self._windows.get(credential, {}).get(nonce)
+        windows = self._windows.get(credential)
+        window = None if windows is None else windows.get(nonce)
         if window is None:
             self._forget(now)
             windows = self._windows.setdefault(credential, OrderedDict())

@@ -9,31 +9,24 @@ import secrets
 import stat
 from pathlib import Path
 
-from matcher_service.errors import StartRefused, Unauthenticated
+from matcher_service.access.verbs import EVERY_SCOPE
+from matcher_service.errors import StartRefused
 from matcher_service.terms import Actor
 
 TOKEN_FILE = "token"
-_HINT = "send `Authorization: Bearer TOKEN` with the token from the file `token` of the data directory"
 
 
 class BearerToken:
-    """One token for all callers. Its actor is named by a digest of the token, so that the audit can tell
-    one token from the next without holding either."""
+    """One token for all callers of a loopback service, with every scope. Its actor is named by a digest of the
+    token, so that the audit can tell one token from the next without holding either."""
 
     def __init__(self, token: str) -> None:
         self._token = token.encode()
-        self._actor = Actor(f"token-{hashlib.sha256(self._token).hexdigest()[:12]}")
+        self._actor = Actor(f"token-{hashlib.sha256(self._token).hexdigest()[:12]}", EVERY_SCOPE)
 
-    def authenticate(self, authorization: str | None) -> Actor:
-        """Raises Unauthenticated for a missing, malformed or wrong value; compares in constant time."""
-        if not authorization:
-            raise Unauthenticated("no credential", field="authorization", hint=_HINT)
-        scheme, _, presented = authorization.partition(" ")
-        if scheme.lower() != "bearer":
-            raise Unauthenticated("not a bearer token", field="authorization", hint=_HINT)
-        if not hmac.compare_digest(presented.strip().encode(errors="replace"), self._token):
-            raise Unauthenticated("the token is not valid", field="authorization", hint=_HINT)
-        return self._actor
+    def reads(self, presented: str) -> Actor | None:
+        """Who presents it, None for any other text; compares in constant time."""
+        return self._actor if hmac.compare_digest(presented.encode(errors="replace"), self._token) else None
 
 
 def load_or_create(data_dir: Path) -> tuple[str, Path]:

@@ -78,6 +78,9 @@ def probe_message(
         deadline_ms=request.deadline_ms,
         message_id=request.message_id,
         traceparent=request.traceparent,
+        camera_id=request.camera_id,
+        stream_nonce=request.stream_nonce,
+        stream_sequence=request.stream_sequence,
         received_at=received_at,
         remaining_s=remaining_s,
     )
@@ -100,6 +103,9 @@ def checked_probe_message(
     deadline_ms: int,
     message_id: str,
     traceparent: str,
+    camera_id: str,
+    stream_nonce: bytes,
+    stream_sequence: int,
     received_at: float,
     remaining_s: float | None,
 ) -> ProbeMessage:
@@ -136,6 +142,8 @@ def checked_probe_message(
         )
     check_echoed(message_id, "message_id", limits.id_bytes_max)
     check_echoed(traceparent, "traceparent", TRACEPARENT_BYTES_MAX)
+    if camera_id:
+        check_id(camera_id, "camera_id", limits)
     return ProbeMessage(
         actor=actor,
         space=space,
@@ -152,6 +160,9 @@ def checked_probe_message(
         deadline=deadline_at(deadline_ms, limits, received_at, remaining_s),
         message_id=message_id,
         traceparent=traceparent,
+        camera_id=camera_id,
+        stream_nonce=stream_nonce,
+        stream_sequence=stream_sequence,
     )
 
 

@@ -145,6 +145,9 @@ def probe_message(data: bytes, limits: LimitSettings, actor: Actor, received_at:
         deadline_ms=sent.deadline_ms,
         message_id=sent.message_id,
         traceparent=sent.traceparent,
+        camera_id=sent.camera_id,
+        stream_nonce=_bytes(sent.stream_nonce, "stream_nonce"),
+        stream_sequence=sent.stream_sequence,
         received_at=received_at,
         remaining_s=None,
     )
@@ -265,6 +268,10 @@ def deployment(data: bytes, now_ms: int) -> Deployment:
         reason=sent.reason,
         place=sent.place,
         rank_max=sent.rank_max,
+        cameras=tuple(sent.cameras),
+        legal_authority=sent.legal_authority,
+        necessity=sent.necessity,
+        threshold=sent.threshold,
     )
 
 
@@ -278,7 +285,15 @@ def case(data: bytes, now_ms: int) -> Case:
         requested_by=sent.requested_by,
         purpose=sent.purpose,
         rank_max=sent.rank_max,
+        immigration_authority=sent.immigration_authority,
     )
+
+
+def _bytes(text: str, field: str) -> bytes:
+    try:
+        return b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InvalidInput("not base64", field=field, cause=Cause.MALFORMED, hint="send the bytes in base64") from error
 
 
 def _space(sent: SpaceBody) -> SpaceId:

@@ -149,6 +149,7 @@ def _candidate(candidate: Candidate) -> pb.Candidate:
         score=candidate.score,
         rank=candidate.rank,
         false_match_rate=candidate.false_match_rate,
+        score_step=candidate.score_step,
     )
 
 

@@ -120,7 +120,10 @@ def alert(alert: Alert) -> Document:
 
 
 def _candidate(candidate: Candidate) -> Document:
-    return candidate._asdict()
+    document = candidate._asdict()
+    if not candidate.score_step:
+        del document["score_step"]
+    return document
 
 
 def _thresholds(thresholds: Mapping[str, float]) -> list[Document]:

@@ -10,22 +10,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
+from urllib.parse import unquote
 
 import grpc
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 from google.protobuf import any_pb2
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from matcher_service import errors
+from matcher_service import errors, policy
+from matcher_service.access import bands, verbs
+from matcher_service.access.authentication import ClientCertificate, Presented
 from matcher_service.errors import MatcherError, Overloaded, ShuttingDown, StartRefused
 from matcher_service.gateway import decode, encode, refusals
 from matcher_service.gateway.grpc_health import HEALTH_SERVICE, Health
 from matcher_service.gateway.service import Service
+from matcher_service.settings import is_loopback
 from matcher_service.terms import Actor, IdentifyReply
 from matcher_service.wire import matcher_pb2 as pb
 
@@ -71,10 +78,18 @@ STATUS_BY_CLASS: dict[type[MatcherError], grpc.StatusCode] = {
 }
 
 
+# How often an open stream's credential is looked at. Law 11 allows a second.
+OVERSEEN_EVERY_S = 0.25
+
+
 class CallContext(Protocol):
     """What is used of grpc.aio.ServicerContext."""
 
     def invocation_metadata(self) -> Any: ...
+
+    def peer(self) -> str: ...
+
+    def auth_context(self) -> Any: ...
 
     def time_remaining(self) -> float | None: ...
 
@@ -128,6 +143,25 @@ async def _end_with(refusal: MatcherError, context: CallContext) -> None:
     await context.abort(status_of(refusal), _clipped(str(refusal)), tuple(trailing))
 
 
+@dataclass(eq=False)
+class _OpenStream:
+    """One open stream: whose it is, the one task that takes in more, the answers under way, and why it ends, if it
+    does not end by itself."""
+
+    actor: Actor
+    intake: asyncio.Task[None] | None = None
+    answers: set[asyncio.Task[None]] = field(default_factory=set)
+    ending: MatcherError | None = None
+
+    def cut(self, refusal: MatcherError) -> None:
+        """End it now; what is under way is not disclosed any more."""
+        self.ending = refusal
+        if self.intake is not None:
+            self.intake.cancel()
+        for answer in self.answers:
+            answer.cancel()
+
+
 class MatcherEdge:
     """The methods of matcher.v1.Matcher over raw bytes."""
 
@@ -136,16 +170,25 @@ class MatcherEdge:
         self._limits = service.settings.limits
         self._decode_seconds = service.metrics.station_seconds.labels("decode")
         self._encode_seconds = service.metrics.station_seconds.labels("encode")
-        self._open_streams = 0
+        self._streams: set[_OpenStream] = set()
         self._draining = False
-        # The one task of each stream that takes in more; cancelling it is how a stream is drained.
-        self._intakes: set[asyncio.Task[None]] = set()
 
     def drain(self) -> None:
         """Take nothing more from any stream; what was read is still answered, then the stream ends."""
         self._draining = True
-        for intake in self._intakes:
-            intake.cancel()
+        for stream in self._streams:
+            if stream.intake is not None:
+                stream.intake.cancel()
+
+    async def oversee(self) -> None:
+        """Cut the streams, idle ones too, whose credential or deployment has ended; until cancelled (law 11)."""
+        while True:
+            for stream in list(self._streams):
+                try:
+                    self._service.credentials.require_standing(stream.actor)
+                except MatcherError as refusal:
+                    stream.cut(refusal)
+            await asyncio.sleep(OVERSEEN_EVERY_S)
 
     @property
     def taking_in(self) -> bool:
@@ -159,7 +202,8 @@ class MatcherEdge:
             reply = await self._identified(request, actor, context.time_remaining())
             if refusal := refusals.of_all_probes(reply.decisions):
                 raise refusal
-            return encode.identify_reply(reply)
+            self._service.credentials.require_standing(actor)
+            return encode.identify_reply(bands.reply_for(actor, reply))
 
         return await self._unary("identify", work, context)
 
@@ -178,7 +222,7 @@ class MatcherEdge:
 
     async def _unary(self, verb: str, work: Callable[[Actor], Awaitable[Reply]], context: CallContext) -> Reply | None:
         try:
-            reply = await work(self._authenticate(context))
+            reply = await work(await self.authenticate(verb, context))
         except MatcherError as refused:
             refusal = refused
         except Exception as error:
@@ -213,7 +257,7 @@ class MatcherEdge:
             request = decode.parse(pb.IdentifyRequest, data)
             answered = await self._identified(request, actor, remaining_s)
             began = self._now()
-            encoded = encode.identify_reply(answered)
+            encoded = encode.identify_reply(bands.reply_for(actor, answered))
             self._encode_seconds.observe(self._now() - began)
             return encoded, "ok"
         except MatcherError as refused:
@@ -247,13 +291,13 @@ class MatcherEdge:
         """Answer every message of a stream; returns when the caller has closed its side and all are answered."""
         room = asyncio.Semaphore(self._limits.stream_messages_in_flight_max)
         writing = asyncio.Lock()
-        ending: MatcherError | None = None
 
-        async def respond(data: bytes, actor: Actor) -> None:
+        async def respond(data: bytes) -> None:
             try:
-                reply, result = await answer(data, actor, context.time_remaining())
+                reply, result = await answer(data, stream.actor, context.time_remaining())
                 async with writing:
-                    await context.write(reply)
+                    if stream.ending is None:
+                        await context.write(reply)
                 self._count(verb, result)
             except grpc.aio.BaseError:
                 intake.cancel()  # the caller has gone: nobody reads, so nothing more is taken
@@ -261,7 +305,6 @@ class MatcherEdge:
                 room.release()
 
         async def take_in() -> None:
-            nonlocal ending
             while True:
                 # The permit comes before the message: what cannot be worked on stays in the transport.
                 await room.acquire()
@@ -269,28 +312,33 @@ class MatcherEdge:
                 if data is grpc.aio.EOF:
                     return
                 try:
-                    actor = self._authenticate(context)
+                    self._service.credentials.require_standing(stream.actor)
                 except MatcherError as refused:
-                    ending = refused
+                    stream.cut(refused)
                     return
-                answers.create_task(respond(data, actor))
+                responding = answers.create_task(respond(data))
+                stream.answers.add(responding)
+                responding.add_done_callback(stream.answers.discard)
 
-        with self._stream(verb) as refused:
-            if ending := self._unauthenticated(context) or refused:
-                self._count(verb, ending.cause)
-                await _end_with(ending, context)
+        try:
+            actor = await self.authenticate(verb, context)
+        except MatcherError as refusal:
+            self._count(verb, refusal.cause)
+            await _end_with(refusal, context)
+            return
+        with self._stream(actor) as stream:
+            if stream.ending is not None:
+                self._count(verb, stream.ending.cause)
+                await _end_with(stream.ending, context)
                 return
             async with asyncio.TaskGroup() as answers:
-                intake = answers.create_task(take_in())
-                self._own(intake)
-            await self._end(intake, ending, context)
+                intake = stream.intake = answers.create_task(take_in())
+            await self._end(stream, context)
 
     async def watch_alerts(self, data: bytes, context: CallContext) -> None:
         verb = "watch_alerts"
-        ending: MatcherError | None = None
 
         async def pass_on(deployment_ids: list[str]) -> None:
-            nonlocal ending
             feed = self._service.alert_feed.subscribe(deployment_ids)
             coming = asyncio.ensure_future(anext(feed))
             try:
@@ -298,12 +346,15 @@ class MatcherEdge:
                 await asyncio.sleep(0)
                 await context.send_initial_metadata(())
                 while True:
-                    await context.write(encode.alert(await coming))
+                    alert = await coming
+                    self._service.credentials.require_standing(stream.actor)
+                    if policy.may_see_alert(stream.actor, alert):
+                        await context.write(encode.alert(bands.alert_for(stream.actor, alert)))
                     coming = asyncio.ensure_future(anext(feed))
             except StopAsyncIteration:
                 return
             except MatcherError as refused:
-                ending = refused
+                stream.ending = refused
             except grpc.aio.BaseError:
                 return  # the watcher has gone
             finally:
@@ -312,24 +363,26 @@ class MatcherEdge:
                 if isinstance(feed, AsyncGenerator):
                     await feed.aclose()
 
-        with self._stream(verb) as refused:
-            try:
-                if refused:
-                    raise refused
-                self._authenticate(context)
-                deployment_ids = list(decode.parse(pb.WatchAlertsRequest, data).deployment_ids)
-            except MatcherError as refusal:
-                self._count(verb, refusal.cause)
-                await _end_with(refusal, context)
+        try:
+            actor = await self.authenticate(verb, context)
+            deployment_ids = list(decode.parse(pb.WatchAlertsRequest, data).deployment_ids)
+        except MatcherError as refusal:
+            self._count(verb, refusal.cause)
+            await _end_with(refusal, context)
+            return
+        with self._stream(actor) as stream:
+            if stream.ending is not None:
+                self._count(verb, stream.ending.cause)
+                await _end_with(stream.ending, context)
                 return
             self._count(verb, "ok")
             async with asyncio.TaskGroup() as owner:
-                intake = owner.create_task(pass_on(deployment_ids))
-                self._own(intake)
-            await self._end(intake, ending, context)
+                stream.intake = owner.create_task(pass_on(deployment_ids))
+            await self._end(stream, context)
 
-    async def _end(self, intake: asyncio.Task[None], ending: MatcherError | None, context: CallContext) -> None:
-        if ending is None and intake.cancelled() and self._draining:
+    async def _end(self, stream: _OpenStream, context: CallContext) -> None:
+        ending = stream.ending
+        if ending is None and stream.intake is not None and stream.intake.cancelled() and self._draining:
             ending = ShuttingDown(
                 "the service is stopping; what it had read was answered", hint="connect to another node, or again later"
             )
@@ -337,51 +390,90 @@ class MatcherEdge:
             await _end_with(ending, context)
 
     @contextlib.contextmanager
-    def _stream(self, verb: str) -> Iterator[MatcherError | None]:
-        """Counts an open stream; yields a refusal if it may not stay open."""
+    def _stream(self, actor: Actor) -> Iterator[_OpenStream]:
+        """Counts an open stream; its `ending` is set at once if it may not stay open."""
+        stream = _OpenStream(actor)
         if self._draining:
-            yield ShuttingDown("the service is stopping", hint="connect to another node, or again later")
-            return
-        if self._open_streams >= self._limits.streams_max:
-            yield Overloaded(
-                f"{self._open_streams} streams are open, which is the most",
+            stream.ending = ShuttingDown("the service is stopping", hint="connect to another node, or again later")
+        elif len(self._streams) >= self._limits.streams_max:
+            stream.ending = Overloaded(
+                f"{len(self._streams)} streams are open, which is the most",
                 hint="put more probes into fewer streams, or connect to another node",
                 retry_after_ms=1000,
             )
+        if stream.ending is not None:
+            yield stream
             return
-        self._open_streams += 1
+        self._streams.add(stream)
         self._service.metrics.streams_open.inc()
         try:
-            yield None
+            yield stream
         finally:
-            self._open_streams -= 1
+            self._streams.discard(stream)
             self._service.metrics.streams_open.dec()
-
-    def _own(self, intake: asyncio.Task[None]) -> None:
-        self._intakes.add(intake)
-        intake.add_done_callback(self._intakes.discard)
 
     # --- common --------------------------------------------------------------------------------------
 
-    def _authenticate(self, context: CallContext) -> Actor:
-        """Raises Unauthenticated; asked again for every message, because a credential may end (law 11)."""
-        for key, value in context.invocation_metadata() or ():
-            if key == "authorization":
-                return self._service.credentials.authenticate(value if isinstance(value, str) else None)
-        return self._service.credentials.authenticate(None)
-
-    def _unauthenticated(self, context: CallContext) -> MatcherError | None:
-        try:
-            self._authenticate(context)
-        except MatcherError as refusal:
-            return refusal
-        return None
+    async def authenticate(self, verb: str, context: CallContext) -> Actor:
+        """Who calls; raises Unauthenticated, Gone, or Forbidden if no scope of theirs opens the verb."""
+        actor = await self._service.credentials.authenticate(_presented(context))
+        verbs.require(actor, verb, verbs.GRPC_VERBS)
+        return actor
 
     def _now(self) -> float:
         return self._service.clock.monotonic()
 
     def _count(self, verb: str, result: str) -> None:
         self._service.metrics.requests.labels("grpc", verb, result).inc()
+
+
+def _presented(context: CallContext) -> Presented:
+    authorization = None
+    for key, value in context.invocation_metadata() or ():
+        if key == "authorization":
+            authorization = value if isinstance(value, str) else None
+            break
+    return Presented(authorization, _from_loopback(context.peer()), _certificate(context.auth_context()))
+
+
+def _from_loopback(peer: str) -> bool:
+    """By gRPC's name of a peer: ipv4:127.0.0.1:5000, ipv6:%5B::1%5D:5000, unix:…"""
+    kind, _, address = unquote(peer).partition(":")
+    return kind == "unix" or (kind in ("ipv4", "ipv6") and is_loopback(address.rpartition(":")[0].strip("[]")))
+
+
+def _certificate(told: Mapping[str, Sequence[bytes]] | None) -> ClientCertificate | None:
+    """The client certificate that the transport has verified, if there is one."""
+    pem = (told or {}).get("x509_pem_cert")
+    if not told or not pem:
+        return None
+    found = x509.load_pem_x509_certificate(pem[0])
+    names = told.get("x509_subject_alternative_name", ())
+    return ClientCertificate(
+        found.fingerprint(hashes.SHA256()).hex(), tuple(one.decode(errors="replace") for one in names)
+    )
+
+
+class _ReflectionGuard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Beyond loopback, what the service can do is told to who has a credential."""
+
+    def __init__(self, edge: MatcherEdge) -> None:
+        self._edge = edge
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        handler = await continuation(details)
+        if handler is None or not details.method.startswith("/grpc.reflection."):
+            return handler
+
+        async def guarded(requests: Any, context: Any) -> AsyncIterator[Any]:
+            try:
+                await self._edge.authenticate("reflection", context)
+            except MatcherError as refusal:
+                await _end_with(refusal, context)
+            async for reply in handler.stream_stream(requests, context):
+                yield reply
+
+        return grpc.stream_stream_rpc_method_handler(guarded, handler.request_deserializer, handler.response_serializer)
 
 
 def _handlers(edge: MatcherEdge) -> grpc.GenericRpcHandler:
@@ -410,6 +502,7 @@ class GrpcServer:
         self._edge = MatcherEdge(service)
         self._health = Health(service.ready, SERVICE_NAME)
         self._server: grpc.aio.Server | None = None
+        self._overseeing: asyncio.Task[None] | None = None
 
     async def start(self) -> int:
         """The port bound, on all of which calls are answered. Raises StartRefused if it cannot be bound or the
@@ -424,10 +517,11 @@ class GrpcServer:
                 ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", PING_INTERVAL_MS_MIN),
-                # A second process on the same port must fail rather than share its callers.
-                ("grpc.so_reuseport", 0),
+                # Unless it is wanted, a second process on the same port must fail rather than share its callers.
+                ("grpc.so_reuseport", int(listen.share_ports)),
             ],
             maximum_concurrent_rpcs=limits.streams_max + UNARY_CALLS_MAX,
+            interceptors=() if is_loopback(listen.host) else (_ReflectionGuard(self._edge),),
         )
         server.add_generic_rpc_handlers((_handlers(self._edge),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -436,8 +530,11 @@ class GrpcServer:
         address = f"{host}:{listen.grpc_port}"
         try:
             if listen.tls_certificate_file and listen.tls_key_file:
+                authority = listen.tls_client_ca_file
                 credentials = grpc.ssl_server_credentials(
-                    [(_bytes_of(listen.tls_key_file), _bytes_of(listen.tls_certificate_file))]
+                    [(_bytes_of(listen.tls_key_file), _bytes_of(listen.tls_certificate_file))],
+                    root_certificates=None if authority is None else _bytes_of(authority),
+                    require_client_auth=authority is not None,
                 )
                 port = server.add_secure_port(address, credentials)
             else:
@@ -450,6 +547,7 @@ class GrpcServer:
             ) from error
         await server.start()
         self._server = server
+        self._overseeing = asyncio.create_task(self._edge.oversee(), name="oversee-streams")
         return int(port)
 
     @property
@@ -463,6 +561,9 @@ class GrpcServer:
         self._health.close()
         if self._server is not None:
             await self._server.stop(grace_s)
+        if self._overseeing is not None:
+            self._overseeing.cancel()
+            await asyncio.gather(self._overseeing, return_exceptions=True)
 
 
 def _bytes_of(path: Path) -> bytes:

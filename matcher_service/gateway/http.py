@@ -5,7 +5,7 @@ from __future__ import annotations
 from http import HTTPStatus
 from importlib.metadata import version
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
@@ -16,6 +16,7 @@ from matcher_service.errors import InvalidInput, MatcherError, NotFound
 from matcher_service.gateway import (
     decode_json,
     encode_json,
+    http_access,
     http_audit,
     http_catalogue,
     http_description,
@@ -27,7 +28,7 @@ from matcher_service.gateway import (
     refusals,
 )
 from matcher_service.gateway.http_exchange import json_response
-from matcher_service.gateway.http_guard import Guard, UnsupportedEncoding
+from matcher_service.gateway.http_guard import Guard, UnsupportedEncoding, require_scope
 from matcher_service.gateway.service import Service
 
 STATUS_BY_CLASS: dict[type[MatcherError], HTTPStatus] = {
@@ -123,6 +124,7 @@ def build_http_app(service: Service) -> ASGIApp:
         redoc_url=None,
         openapi_url=None,
         redirect_slashes=False,
+        dependencies=[Depends(require_scope)],
         exception_handlers={
             MatcherError: _refused,
             RequestValidationError: _invalid_query,
@@ -135,6 +137,7 @@ def build_http_app(service: Service) -> ASGIApp:
         http_references.router(service),
         http_catalogue.router(service),
         http_records.router(service),
+        http_access.router(service),
         http_templates.router(service),
         http_operation.router(service),
     ):

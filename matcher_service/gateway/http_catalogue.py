@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
-from matcher_service import records
+from matcher_service import policy, records
 from matcher_service.errors import NotFound
 from matcher_service.gateway import decode, decode_json
 from matcher_service.gateway.http_exchange import actor_of, documented, json_response, read_body, require_json
@@ -49,6 +49,18 @@ def router(service: Service) -> APIRouter:
         receipt = await service.change(write, actor_of(request))
         return json_response({**named, "sequence": receipt.sequence}, status)
 
+    def galleries_of(request: Request) -> dict[str, Gallery]:
+        actor = actor_of(request)
+        return {key: one for key, one in catalogue.galleries.items() if actor.has_rights_over(key)}
+
+    def deployments_of(request: Request) -> dict[str, Deployment]:
+        actor = actor_of(request)
+        return {key: one for key, one in catalogue.deployments.items() if policy.may_see(actor, one)}
+
+    def cases_of(request: Request) -> dict[str, Case]:
+        actor = actor_of(request)
+        return {key: one for key, one in catalogue.cases.items() if policy.may_see(actor, one)}
+
     # --- galleries and watchlists ----------------------------------------------------------------------
 
     @routes.post("/v1/galleries", openapi_extra=documented(GalleryBody), tags=["galleries"], status_code=201)
@@ -58,12 +70,12 @@ def router(service: Service) -> APIRouter:
         return await changed(CreateGallery(gallery), request, 201, gallery_id=gallery.gallery_id)
 
     @routes.get("/v1/galleries", tags=["galleries"])
-    async def list_galleries(query: Annotated[NoQuery, Query()]) -> Response:
-        return json_response({"galleries": [records.gallery_dict(one) for one in _sorted(catalogue.galleries)]})
+    async def list_galleries(request: Request, query: Annotated[NoQuery, Query()]) -> Response:
+        return json_response({"galleries": [records.gallery_dict(one) for one in _sorted(galleries_of(request))]})
 
     @routes.get("/v1/galleries/{gallery_id}", tags=["galleries"])
-    async def describe_gallery(gallery_id: str, query: Annotated[NoQuery, Query()]) -> Response:
-        found = _named(gallery_id, catalogue.galleries, "gallery_id", Cause.UNKNOWN_GALLERY)
+    async def describe_gallery(gallery_id: str, request: Request, query: Annotated[NoQuery, Query()]) -> Response:
+        found = _named(gallery_id, galleries_of(request), "gallery_id", Cause.UNKNOWN_GALLERY)
         return json_response(records.gallery_dict(found))
 
     @routes.post("/v1/galleries/{gallery_id}/threshold", openapi_extra=documented(ThresholdBody), tags=["galleries"])
@@ -79,14 +91,14 @@ def router(service: Service) -> APIRouter:
         return await changed(DeleteGallery(gallery_id, query.reason), request, gallery_id=gallery_id)
 
     @routes.get("/v1/watchlists", tags=["galleries"])
-    async def list_watchlists(query: Annotated[NoQuery, Query()]) -> Response:
+    async def list_watchlists(request: Request, query: Annotated[NoQuery, Query()]) -> Response:
         """The galleries of kind watchlist."""
-        found = [one for one in _sorted(catalogue.galleries) if one.kind is GalleryKind.WATCHLIST]
+        found = [one for one in _sorted(galleries_of(request)) if one.kind is GalleryKind.WATCHLIST]
         return json_response({"watchlists": [records.gallery_dict(one) for one in found]})
 
     @routes.get("/v1/watchlists/{gallery_id}", tags=["galleries"])
-    async def describe_watchlist(gallery_id: str, query: Annotated[NoQuery, Query()]) -> Response:
-        watchlists = {key: one for key, one in catalogue.galleries.items() if one.kind is GalleryKind.WATCHLIST}
+    async def describe_watchlist(gallery_id: str, request: Request, query: Annotated[NoQuery, Query()]) -> Response:
+        watchlists = {key: one for key, one in galleries_of(request).items() if one.kind is GalleryKind.WATCHLIST}
         return json_response(records.gallery_dict(_named(gallery_id, watchlists, "gallery_id", Cause.UNKNOWN_GALLERY)))
 
     # --- template spaces -------------------------------------------------------------------------------
@@ -116,13 +128,13 @@ def router(service: Service) -> APIRouter:
         return await changed(CreateDeployment(deployment), request, 201, deployment_id=deployment.deployment_id)
 
     @routes.get("/v1/deployments", tags=["authority"])
-    async def list_deployments(query: Annotated[NoQuery, Query()]) -> Response:
-        found = [records.deployment_dict(one) for one in _sorted(catalogue.deployments)]
+    async def list_deployments(request: Request, query: Annotated[NoQuery, Query()]) -> Response:
+        found = [records.deployment_dict(one) for one in _sorted(deployments_of(request))]
         return json_response({"deployments": found})
 
     @routes.get("/v1/deployments/{deployment_id}", tags=["authority"])
-    async def describe_deployment(deployment_id: str, query: Annotated[NoQuery, Query()]) -> Response:
-        found = _named(deployment_id, catalogue.deployments, "deployment_id", Cause.NOT_FOUND)
+    async def describe_deployment(deployment_id: str, request: Request, query: Annotated[NoQuery, Query()]) -> Response:
+        found = _named(deployment_id, deployments_of(request), "deployment_id", Cause.NOT_FOUND)
         return json_response(records.deployment_dict(found))
 
     @routes.post("/v1/deployments/{deployment_id}/end", tags=["authority"])
@@ -137,12 +149,12 @@ def router(service: Service) -> APIRouter:
         return await changed(CreateCase(case), request, 201, case_reference=case.case_reference)
 
     @routes.get("/v1/cases", tags=["authority"])
-    async def list_cases(query: Annotated[NoQuery, Query()]) -> Response:
-        return json_response({"cases": [records.case_dict(one) for one in _sorted(catalogue.cases)]})
+    async def list_cases(request: Request, query: Annotated[NoQuery, Query()]) -> Response:
+        return json_response({"cases": [records.case_dict(one) for one in _sorted(cases_of(request))]})
 
     @routes.get("/v1/cases/{case_reference}", tags=["authority"])
-    async def describe_case(case_reference: str, query: Annotated[NoQuery, Query()]) -> Response:
-        found = _named(case_reference, catalogue.cases, "case_reference", Cause.NOT_FOUND)
+    async def describe_case(case_reference: str, request: Request, query: Annotated[NoQuery, Query()]) -> Response:
+        found = _named(case_reference, cases_of(request), "case_reference", Cause.NOT_FOUND)
         return json_response(records.case_dict(found))
 
     @routes.post("/v1/cases/{case_reference}/end", tags=["authority"])

@@ -11,10 +11,12 @@ import contextlib
 from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from matcher_service.access import verbs
+from matcher_service.access.authentication import Presented
 from matcher_service.errors import InvalidInput, MatcherError, Overloaded, TooLarge
 from matcher_service.gateway import refusals
 from matcher_service.gateway.service import Service
@@ -73,7 +75,7 @@ class Guard:
         state = scope.setdefault("state", {})
         state["result"] = "ok"
         if scope["path"] not in self._open_paths:
-            state["actor"] = self._service.credentials.authenticate(Headers(scope=scope).get("authorization"))
+            state["actor"] = await self._service.credentials.authenticate(_presented(scope))
         if self._in_flight >= REQUESTS_IN_FLIGHT_MAX:
             raise Overloaded(
                 "too many requests at once", hint="send fewer at a time, or use a stream", retry_after_ms=100
@@ -90,6 +92,19 @@ class Guard:
         # The name of the route, never its path: a path may hold an identifier.
         verb = getattr(scope.get("route"), "name", "none")
         self._service.metrics.requests.labels("http", verb, scope["state"]["result"]).inc()
+
+
+def _presented(scope: Scope) -> Presented:
+    """The peer is the one that the server names: behind a proxy on loopback, who the proxy says."""
+    client = scope.get("client")
+    return Presented(Headers(scope=scope).get("authorization"), client is not None and is_loopback(client[0]))
+
+
+async def require_scope(request: Request) -> None:
+    """Raises Forbidden unless the actor's scopes open the route; run before anything of the request is judged."""
+    actor = getattr(request.state, "actor", None)
+    if actor is not None:  # an open path has none
+        verbs.require(actor, request.scope["route"].name, verbs.HTTP_VERBS)
 
 
 class _Request:

@@ -22,7 +22,7 @@ from matcher_service.gateway.http_exchange import (
 from matcher_service.gateway.http_queries import NoQuery, PageAfterName, Reason, ReasonInGallery
 from matcher_service.gateway.json_bodies import EnrolBody
 from matcher_service.gateway.service import Service
-from matcher_service.terms import Cause
+from matcher_service.terms import Actor, Cause
 from matcher_service.wire import matcher_pb2 as pb
 
 
@@ -30,8 +30,8 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter(tags=["references"])
     limits = service.settings.limits
 
-    def require_gallery(gallery_id: str) -> None:
-        if gallery_id not in service.catalogue.galleries:
+    def require_gallery(gallery_id: str, actor: Actor) -> None:
+        if gallery_id not in service.catalogue.galleries or not actor.has_rights_over(gallery_id):
             raise NotFound(
                 "no such gallery",
                 field="gallery_id",
@@ -64,9 +64,9 @@ def router(service: Service) -> APIRouter:
         return json_response(encode_json.enrol_reply(ids, receipts, message_id, rows=rows))
 
     @routes.get("/v1/galleries/{gallery_id}/references")
-    async def list_references(gallery_id: str, query: Annotated[PageAfterName, Query()]) -> Response:
+    async def list_references(gallery_id: str, request: Request, query: Annotated[PageAfterName, Query()]) -> Response:
         """What is held in a gallery, in order of reference_id, without templates."""
-        require_gallery(gallery_id)
+        require_gallery(gallery_id, actor_of(request))
         found = await service.log.references(gallery_id, query.after, query.limit)
         return json_response(
             {
@@ -76,9 +76,11 @@ def router(service: Service) -> APIRouter:
         )
 
     @routes.get("/v1/galleries/{gallery_id}/references/{reference_id}")
-    async def describe_reference(gallery_id: str, reference_id: str, query: Annotated[NoQuery, Query()]) -> Response:
+    async def describe_reference(
+        gallery_id: str, reference_id: str, request: Request, query: Annotated[NoQuery, Query()]
+    ) -> Response:
         """What is held of a live reference, without its template."""
-        require_gallery(gallery_id)
+        require_gallery(gallery_id, actor_of(request))
         found = await service.log.reference(gallery_id, reference_id)
         if found is None:
             raise NotFound(
@@ -101,9 +103,10 @@ def router(service: Service) -> APIRouter:
         return json_response(encode_json.withdrawn(receipt))
 
     @routes.get("/v1/subjects/{subject_id}")
-    async def describe_subject(subject_id: str, query: Annotated[NoQuery, Query()]) -> Response:
-        """Every live reference of a subject, over all galleries."""
-        found = await service.log.subject(subject_id)
+    async def describe_subject(subject_id: str, request: Request, query: Annotated[NoQuery, Query()]) -> Response:
+        """Every live reference of a subject, over all galleries that the caller has rights over."""
+        actor = actor_of(request)
+        found = [one for one in await service.log.subject(subject_id) if actor.has_rights_over(one.gallery_id)]
         return json_response({"subject_id": subject_id, "references": [encode_json.reference(one) for one in found]})
 
     @routes.delete("/v1/subjects/{subject_id}")

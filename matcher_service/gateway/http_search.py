@@ -8,6 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
+from matcher_service.access import bands
 from matcher_service.gateway import decode, decode_json, encode, encode_json, refusals
 from matcher_service.gateway.http_exchange import (
     actor_of,
@@ -47,6 +48,8 @@ def router(service: Service) -> APIRouter:
             reply = await unless_left(request, service.identify(message))
             if refusal := refusals.of_all_probes(reply.decisions):
                 raise refusal
+        service.credentials.require_standing(actor)
+        reply = bands.reply_for(actor, reply)
         if as_protobuf:
             return protobuf_response(encode.identify_reply(reply))
         return json_response(encode_json.identify_reply(reply, rows="" if protobuf else "probes"))

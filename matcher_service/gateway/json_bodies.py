@@ -62,6 +62,9 @@ class IdentifyBody(Body):
     deadline_ms: int = Field(0, description="Within which the answer is of use; 0: the service's default.")
     message_id: str = Field("", description="Echoed in the reply.")
     traceparent: str = ""
+    camera_id: str = Field("", description="Where the deployment names its cameras: the one that saw these probes.")
+    stream_nonce: str = Field("", description="Base64 of 16 to 32 random bytes; an edge node must send it.")
+    stream_sequence: int = Field(0, ge=0, le=INT64_MAX, description="Counts the sendings under the nonce from 1.")
 
 
 class ReferenceBody(Body):
@@ -135,7 +138,11 @@ class DeploymentBody(Body):
     probe_age_ms_max: int = Field(description="A live probe captured longer ago is refused.")
     authorised_by: str
     reason: str
-    place: str = ""
+    place: str = Field("", description="Where; required of an authenticated person, as are the next two.")
+    legal_authority: str = Field("", description="The law and the decision that it rests on.")
+    necessity: str = Field("", description="Why nothing less would do.")
+    cameras: list[str] = Field([], description="The cameras it is authorised for; empty: any.")
+    threshold: float | None = Field(None, description="Raises the galleries' thresholds for this deployment.")
     rank_max: int = Field(10, description="Most candidates that a search may return.")
 
 
@@ -146,7 +153,37 @@ class CaseBody(Body):
     closes_at_ms: Milliseconds
     requested_by: str
     purpose: str
+    immigration_authority: str = Field("", description="What an immigration gallery among them is searched on.")
     rank_max: int = Field(50, description="Most candidates that a search may return.")
+
+
+class CredentialBody(Body):
+    deployment_id: str
+    credential_id: str = Field("", description="Empty: the service chooses one.")
+    certificate: str = Field(
+        "", description="sha256:HEX of a client certificate, or san:NAME; empty: a secret is made and told once."
+    )
+    cameras: list[str] = Field([], description="Some of the deployment's; empty: all of them.")
+    probes_per_s: int = Field(500, description="Most probes in a second.")
+    expires_at_ms: Milliseconds | None = Field(None, description="Left out: when the deployment closes.")
+
+
+class RotationBody(Body):
+    certificate: str = Field("", description="Of the successor, as in CredentialBody; empty: a secret.")
+    overlap_s: int = Field(0, ge=0, le=86_400, description="For how long the old credential still stands.")
+
+
+class ReasonBody(Body):
+    reason: str = Field(description="Why; it goes into the audit.")
+
+
+class ProposalBody(Body):
+    action: Literal["threshold", "gallery_deletion", "withdrawal"]
+    gallery_id: str
+    reason: str
+    threshold: float | None = Field(None, description="For a threshold: the new one.")
+    rates: list[RateChangeBody] = Field([], description="For a threshold: as in ThresholdBody.")
+    reference_ids: list[str] = Field([], description="For a withdrawal: which.")
 
 
 class TemplatesBody(Body):
@@ -164,5 +201,9 @@ BODIES: tuple[type[Body], ...] = (
     TemplateSpaceBody,
     DeploymentBody,
     CaseBody,
+    CredentialBody,
+    RotationBody,
+    ReasonBody,
+    ProposalBody,
     TemplatesBody,
 )

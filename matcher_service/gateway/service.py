@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from matcher_service.access.authentication import Presented
+from matcher_service.access.edge_tokens import EdgeTokens
 from matcher_service.catalogue import Catalogue
 from matcher_service.errors import MatcherError
 from matcher_service.metrics import Metrics
@@ -19,8 +21,12 @@ from matcher_service.terms import Actor, Alert, EnrolMessage, IdentifyReply, Pro
 
 
 class Credentials(Protocol):
-    def authenticate(self, authorization: str | None) -> Actor:
-        """Who presents this Authorization header or metadata value; raises Unauthenticated."""
+    async def authenticate(self, presented: Presented) -> Actor:
+        """Who presents this; raises Unauthenticated, Gone, or ServiceFault if it cannot be found out."""
+        ...
+
+    def require_standing(self, actor: Actor) -> None:
+        """Asked again for every message, because a credential may end (law 11); raises Unauthenticated or Gone."""
         ...
 
 
@@ -41,7 +47,8 @@ class Service:
     `identify` and `enrol` answer row by row otherwise. `withdraw` takes (gallery_id, reference_ids, reason,
     actor), `withdraw_subject` (gallery_id or "", subject_id, reason, actor). `log` is only read here.
     `ready` says whether requests can be served and, if not, why. `templates` is None where no embedder is configured,
-    `proofs` where the log gives none.
+    `proofs` where the log gives none. `approve` takes (proposal_id, reason, actor); it and `tokens` are None where
+    nobody but the loopback token is let in.
     """
 
     identify: Callable[[ProbeMessage], Awaitable[IdentifyReply]]
@@ -59,3 +66,5 @@ class Service:
     credentials: Credentials
     templates: TemplateMaker | None = None
     proofs: AuditProofs | None = None
+    approve: Callable[[str, str, Actor], Awaitable[Receipt]] | None = None
+    tokens: EdgeTokens | None = None

@@ -24,47 +24,47 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"matcher_service/wire/matcher.proto\x12\nmatcher.v1\"A\n\rTemplateSpace\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x11\n\tdimension\x18\x03 \x01(\r\"\xfc\x02\n\x0fIdentifyRequest\x12(\n\x05space\x18\x01 \x01(\x0b\x32\x19.matcher.v1.TemplateSpace\x12 \n\x05\x64type\x18\x02 \x01(\x0e\x32\x11.matcher.v1.Dtype\x12\x11\n\ttemplates\x18\x03 \x01(\x0c\x12\x11\n\tprobe_ids\x18\x04 \x03(\t\x12\x16\n\x0e\x63\x61ptured_at_ms\x18\x05 \x03(\x10\x12\x17\n\rdeployment_id\x18\x06 \x01(\tH\x00\x12\x18\n\x0e\x63\x61se_reference\x18\x07 \x01(\tH\x00\x12\x13\n\x0bgallery_ids\x18\x08 \x03(\t\x12\x16\n\tthreshold\x18\t \x01(\x02H\x01\x88\x01\x01\x12\x10\n\x08rank_max\x18\n \x01(\r\x12\x14\n\x0cmin_sequence\x18\x0b \x01(\x04\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x0c \x01(\r\x12\x12\n\nmessage_id\x18\r \x01(\t\x12\x13\n\x0btraceparent\x18\x0e \x01(\tB\x0b\n\tauthorityB\x0c\n\n_threshold\"\x80\x01\n\tCandidate\x12\x12\n\nsubject_id\x18\x01 \x01(\t\x12\x14\n\x0creference_id\x18\x02 \x01(\t\x12\x12\n\ngallery_id\x18\x03 \x01(\t\x12\r\n\x05score\x18\x04 \x01(\x02\x12\x0c\n\x04rank\x18\x05 \x01(\r\x12\x18\n\x10\x66\x61lse_match_rate\x18\x06 \x01(\x01\"\xc5\x01\n\x08\x44\x65\x63ision\x12\x10\n\x08probe_id\x18\x01 \x01(\t\x12$\n\x07outcome\x18\x02 \x01(\x0e\x32\x13.matcher.v1.Outcome\x12)\n\ncandidates\x18\x03 \x03(\x0b\x32\x15.matcher.v1.Candidate\x12\r\n\x05\x63\x61use\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x05 \x01(\t\x12\r\n\x05\x66ield\x18\x06 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x07 \x01(\r\x12\x10\n\x08\x61lert_id\x18\x08 \x01(\t\"9\n\x10GalleryThreshold\x12\x12\n\ngallery_id\x18\x01 \x01(\t\x12\x11\n\tthreshold\x18\x02 \x01(\x02\"\xe3\x01\n\rIdentifyReply\x12\'\n\tdecisions\x18\x01 \x03(\x0b\x32\x14.matcher.v1.Decision\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12(\n\x05space\x18\x03 \x01(\x0b\x32\x19.matcher.v1.TemplateSpace\x12\x16\n\x0epolicy_version\x18\x04 \x01(\t\x12\x30\n\nthresholds\x18\x05 \x03(\x0b\x32\x1c.matcher.v1.GalleryThreshold\x12\x0f\n\x07missing\x18\x06 \x03(\t\x12\x12\n\nmessage_id\x18\x07 \x01(\t\"\x82\x02\n\x0c\x45nrolRequest\x12\x12\n\ngallery_id\x18\x01 \x01(\t\x12(\n\x05space\x18\x02 \x01(\x0b\x32\x19.matcher.v1.TemplateSpace\x12 \n\x05\x64type\x18\x03 \x01(\x0e\x32\x11.matcher.v1.Dtype\x12\x11\n\ttemplates\x18\x04 \x01(\x0c\x12\x15\n\rreference_ids\x18\x05 \x03(\t\x12\x13\n\x0bsubject_ids\x18\x06 \x03(\t\x12\x15\n\rexpires_at_ms\x18\x07 \x03(\x10\x12\x17\n\x0fidempotency_key\x18\x08 \x01(\t\x12\x0f\n\x07replace\x18\t \x01(\x08\x12\x12\n\nmessage_id\x18\n \x01(\t\"\x8a\x01\n\x07Receipt\x12\x14\n\x0creference_id\x18\x01 \x01(\t\x12)\n\x07outcome\x18\x02 \x01(\x0e\x32\x18.matcher.v1.EnrolOutcome\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12\r\n\x05\x63\x61use\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x05 \x01(\t\x12\r\n\x05\x66ield\x18\x06 \x01(\t\"\x9f\x01\n\nEnrolReply\x12\x12\n\nmessage_id\x18\x01 \x01(\t\x12%\n\x08receipts\x18\x02 \x03(\x0b\x32\x13.matcher.v1.Receipt\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12\r\n\x05\x63\x61use\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x05 \x01(\t\x12\r\n\x05\x66ield\x18\x06 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x07 \x01(\r\"\x83\x01\n\x0fWithdrawRequest\x12\x12\n\ngallery_id\x18\x01 \x01(\t\x12.\n\nreferences\x18\x02 \x01(\x0b\x32\x18.matcher.v1.ReferenceIdsH\x00\x12\x14\n\nsubject_id\x18\x03 \x01(\tH\x00\x12\x0e\n\x06reason\x18\x04 \x01(\tB\x06\n\x04what\"%\n\x0cReferenceIds\x12\x15\n\rreference_ids\x18\x01 \x03(\t\"B\n\rWithdrawReply\x12\x1f\n\x17withdrawn_reference_ids\x18\x01 \x03(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\",\n\x12WatchAlertsRequest\x12\x16\n\x0e\x64\x65ployment_ids\x18\x01 \x03(\t\"\xa1\x02\n\x05\x41lert\x12\x10\n\x08\x61lert_id\x18\x01 \x01(\t\x12\x10\n\x08probe_id\x18\x02 \x01(\t\x12\x15\n\rdeployment_id\x18\x03 \x01(\t\x12\x16\n\x0e\x63\x61se_reference\x18\x04 \x01(\t\x12\x14\n\x0craised_at_ms\x18\x05 \x01(\x10\x12\x16\n\x0e\x63\x61ptured_at_ms\x18\x06 \x01(\x10\x12)\n\ncandidates\x18\x07 \x03(\x0b\x32\x15.matcher.v1.Candidate\x12\x30\n\nthresholds\x18\x08 \x03(\x0b\x32\x1c.matcher.v1.GalleryThreshold\x12\x10\n\x08sequence\x18\t \x01(\x04\x12\x16\n\x0epolicy_version\x18\n \x01(\t\x12\x10\n\x08\x63omplete\x18\x0b \x01(\x08*8\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x46LOAT32\x10\x01\x12\x0b\n\x07\x46LOAT16\x10\x02*]\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\t\n\x05\x41LERT\x10\x01\x12\x10\n\x0cNO_CANDIDATE\x10\x02\x12\x0e\n\nINCOMPLETE\x10\x03\x12\x0c\n\x08REJECTED\x10\x04*d\n\x0c\x45nrolOutcome\x12\x1d\n\x19\x45NROL_OUTCOME_UNSPECIFIED\x10\x00\x12\x0c\n\x08\x45NROLLED\x10\x01\x12\x0c\n\x08REPLACED\x10\x02\x12\x0c\n\x08REPEATED\x10\x03\x12\x0b\n\x07REFUSED\x10\x04\x32\xe2\x02\n\x07Matcher\x12\x42\n\x08Identify\x12\x1b.matcher.v1.IdentifyRequest\x1a\x19.matcher.v1.IdentifyReply\x12L\n\x0eIdentifyStream\x12\x1b.matcher.v1.IdentifyRequest\x1a\x19.matcher.v1.IdentifyReply(\x01\x30\x01\x12=\n\x05\x45nrol\x12\x18.matcher.v1.EnrolRequest\x1a\x16.matcher.v1.EnrolReply(\x01\x30\x01\x12\x42\n\x08Withdraw\x12\x1b.matcher.v1.WithdrawRequest\x1a\x19.matcher.v1.WithdrawReply\x12\x42\n\x0bWatchAlerts\x12\x1e.matcher.v1.WatchAlertsRequest\x1a\x11.matcher.v1.Alert0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"matcher_service/wire/matcher.proto\x12\nmatcher.v1\"A\n\rTemplateSpace\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x11\n\tdimension\x18\x03 \x01(\r\"\xbe\x03\n\x0fIdentifyRequest\x12(\n\x05space\x18\x01 \x01(\x0b\x32\x19.matcher.v1.TemplateSpace\x12 \n\x05\x64type\x18\x02 \x01(\x0e\x32\x11.matcher.v1.Dtype\x12\x11\n\ttemplates\x18\x03 \x01(\x0c\x12\x11\n\tprobe_ids\x18\x04 \x03(\t\x12\x16\n\x0e\x63\x61ptured_at_ms\x18\x05 \x03(\x10\x12\x17\n\rdeployment_id\x18\x06 \x01(\tH\x00\x12\x18\n\x0e\x63\x61se_reference\x18\x07 \x01(\tH\x00\x12\x13\n\x0bgallery_ids\x18\x08 \x03(\t\x12\x16\n\tthreshold\x18\t \x01(\x02H\x01\x88\x01\x01\x12\x10\n\x08rank_max\x18\n \x01(\r\x12\x14\n\x0cmin_sequence\x18\x0b \x01(\x04\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x0c \x01(\r\x12\x12\n\nmessage_id\x18\r \x01(\t\x12\x13\n\x0btraceparent\x18\x0e \x01(\t\x12\x11\n\tcamera_id\x18\x0f \x01(\t\x12\x14\n\x0cstream_nonce\x18\x10 \x01(\x0c\x12\x17\n\x0fstream_sequence\x18\x11 \x01(\x04\x42\x0b\n\tauthorityB\x0c\n\n_threshold\"\x94\x01\n\tCandidate\x12\x12\n\nsubject_id\x18\x01 \x01(\t\x12\x14\n\x0creference_id\x18\x02 \x01(\t\x12\x12\n\ngallery_id\x18\x03 \x01(\t\x12\r\n\x05score\x18\x04 \x01(\x02\x12\x0c\n\x04rank\x18\x05 \x01(\r\x12\x18\n\x10\x66\x61lse_match_rate\x18\x06 \x01(\x01\x12\x12\n\nscore_step\x18\x07 \x01(\x02\"\xc5\x01\n\x08\x44\x65\x63ision\x12\x10\n\x08probe_id\x18\x01 \x01(\t\x12$\n\x07outcome\x18\x02 \x01(\x0e\x32\x13.matcher.v1.Outcome\x12)\n\ncandidates\x18\x03 \x03(\x0b\x32\x15.matcher.v1.Candidate\x12\r\n\x05\x63\x61use\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x05 \x01(\t\x12\r\n\x05\x66ield\x18\x06 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x07 \x01(\r\x12\x10\n\x08\x61lert_id\x18\x08 \x01(\t\"9\n\x10GalleryThreshold\x12\x12\n\ngallery_id\x18\x01 \x01(\t\x12\x11\n\tthreshold\x18\x02 \x01(\x02\"\xe3\x01\n\rIdentifyReply\x12\'\n\tdecisions\x18\x01 \x03(\x0b\x32\x14.matcher.v1.Decision\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12(\n\x05space\x18\x03 \x01(\x0b\x32\x19.matcher.v1.TemplateSpace\x12\x16\n\x0epolicy_version\x18\x04 \x01(\t\x12\x30\n\nthresholds\x18\x05 \x03(\x0b\x32\x1c.matcher.v1.GalleryThreshold\x12\x0f\n\x07missing\x18\x06 \x03(\t\x12\x12\n\nmessage_id\x18\x07 \x01(\t\"\x82\x02\n\x0c\x45nrolRequest\x12\x12\n\ngallery_id\x18\x01 \x01(\t\x12(\n\x05space\x18\x02 \x01(\x0b\x32\x19.matcher.v1.TemplateSpace\x12 \n\x05\x64type\x18\x03 \x01(\x0e\x32\x11.matcher.v1.Dtype\x12\x11\n\ttemplates\x18\x04 \x01(\x0c\x12\x15\n\rreference_ids\x18\x05 \x03(\t\x12\x13\n\x0bsubject_ids\x18\x06 \x03(\t\x12\x15\n\rexpires_at_ms\x18\x07 \x03(\x10\x12\x17\n\x0fidempotency_key\x18\x08 \x01(\t\x12\x0f\n\x07replace\x18\t \x01(\x08\x12\x12\n\nmessage_id\x18\n \x01(\t\"\x8a\x01\n\x07Receipt\x12\x14\n\x0creference_id\x18\x01 \x01(\t\x12)\n\x07outcome\x18\x02 \x01(\x0e\x32\x18.matcher.v1.EnrolOutcome\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12\r\n\x05\x63\x61use\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x05 \x01(\t\x12\r\n\x05\x66ield\x18\x06 \x01(\t\"\x9f\x01\n\nEnrolReply\x12\x12\n\nmessage_id\x18\x01 \x01(\t\x12%\n\x08receipts\x18\x02 \x03(\x0b\x32\x13.matcher.v1.Receipt\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12\r\n\x05\x63\x61use\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x05 \x01(\t\x12\r\n\x05\x66ield\x18\x06 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x07 \x01(\r\"\x83\x01\n\x0fWithdrawRequest\x12\x12\n\ngallery_id\x18\x01 \x01(\t\x12.\n\nreferences\x18\x02 \x01(\x0b\x32\x18.matcher.v1.ReferenceIdsH\x00\x12\x14\n\nsubject_id\x18\x03 \x01(\tH\x00\x12\x0e\n\x06reason\x18\x04 \x01(\tB\x06\n\x04what\"%\n\x0cReferenceIds\x12\x15\n\rreference_ids\x18\x01 \x03(\t\"B\n\rWithdrawReply\x12\x1f\n\x17withdrawn_reference_ids\x18\x01 \x03(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\",\n\x12WatchAlertsRequest\x12\x16\n\x0e\x64\x65ployment_ids\x18\x01 \x03(\t\"\xa1\x02\n\x05\x41lert\x12\x10\n\x08\x61lert_id\x18\x01 \x01(\t\x12\x10\n\x08probe_id\x18\x02 \x01(\t\x12\x15\n\rdeployment_id\x18\x03 \x01(\t\x12\x16\n\x0e\x63\x61se_reference\x18\x04 \x01(\t\x12\x14\n\x0craised_at_ms\x18\x05 \x01(\x10\x12\x16\n\x0e\x63\x61ptured_at_ms\x18\x06 \x01(\x10\x12)\n\ncandidates\x18\x07 \x03(\x0b\x32\x15.matcher.v1.Candidate\x12\x30\n\nthresholds\x18\x08 \x03(\x0b\x32\x1c.matcher.v1.GalleryThreshold\x12\x10\n\x08sequence\x18\t \x01(\x04\x12\x16\n\x0epolicy_version\x18\n \x01(\t\x12\x10\n\x08\x63omplete\x18\x0b \x01(\x08*8\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x46LOAT32\x10\x01\x12\x0b\n\x07\x46LOAT16\x10\x02*]\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\t\n\x05\x41LERT\x10\x01\x12\x10\n\x0cNO_CANDIDATE\x10\x02\x12\x0e\n\nINCOMPLETE\x10\x03\x12\x0c\n\x08REJECTED\x10\x04*d\n\x0c\x45nrolOutcome\x12\x1d\n\x19\x45NROL_OUTCOME_UNSPECIFIED\x10\x00\x12\x0c\n\x08\x45NROLLED\x10\x01\x12\x0c\n\x08REPLACED\x10\x02\x12\x0c\n\x08REPEATED\x10\x03\x12\x0b\n\x07REFUSED\x10\x04\x32\xe2\x02\n\x07Matcher\x12\x42\n\x08Identify\x12\x1b.matcher.v1.IdentifyRequest\x1a\x19.matcher.v1.IdentifyReply\x12L\n\x0eIdentifyStream\x12\x1b.matcher.v1.IdentifyRequest\x1a\x19.matcher.v1.IdentifyReply(\x01\x30\x01\x12=\n\x05\x45nrol\x12\x18.matcher.v1.EnrolRequest\x1a\x16.matcher.v1.EnrolReply(\x01\x30\x01\x12\x42\n\x08Withdraw\x12\x1b.matcher.v1.WithdrawRequest\x1a\x19.matcher.v1.WithdrawReply\x12\x42\n\x0bWatchAlerts\x12\x1e.matcher.v1.WatchAlertsRequest\x1a\x11.matcher.v1.Alert0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'matcher_service.wire.matcher_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=2263
-  _globals['_DTYPE']._serialized_end=2319
-  _globals['_OUTCOME']._serialized_start=2321
-  _globals['_OUTCOME']._serialized_end=2414
-  _globals['_ENROLOUTCOME']._serialized_start=2416
-  _globals['_ENROLOUTCOME']._serialized_end=2516
+  _globals['_DTYPE']._serialized_start=2349
+  _globals['_DTYPE']._serialized_end=2405
+  _globals['_OUTCOME']._serialized_start=2407
+  _globals['_OUTCOME']._serialized_end=2500
+  _globals['_ENROLOUTCOME']._serialized_start=2502
+  _globals['_ENROLOUTCOME']._serialized_end=2602
   _globals['_TEMPLATESPACE']._serialized_start=50
   _globals['_TEMPLATESPACE']._serialized_end=115
   _globals['_IDENTIFYREQUEST']._serialized_start=118
-  _globals['_IDENTIFYREQUEST']._serialized_end=498
-  _globals['_CANDIDATE']._serialized_start=501
-  _globals['_CANDIDATE']._serialized_end=629
-  _globals['_DECISION']._serialized_start=632
-  _globals['_DECISION']._serialized_end=829
-  _globals['_GALLERYTHRESHOLD']._serialized_start=831
-  _globals['_GALLERYTHRESHOLD']._serialized_end=888
-  _globals['_IDENTIFYREPLY']._serialized_start=891
-  _globals['_IDENTIFYREPLY']._serialized_end=1118
-  _globals['_ENROLREQUEST']._serialized_start=1121
-  _globals['_ENROLREQUEST']._serialized_end=1379
-  _globals['_RECEIPT']._serialized_start=1382
-  _globals['_RECEIPT']._serialized_end=1520
-  _globals['_ENROLREPLY']._serialized_start=1523
-  _globals['_ENROLREPLY']._serialized_end=1682
-  _globals['_WITHDRAWREQUEST']._serialized_start=1685
-  _globals['_WITHDRAWREQUEST']._serialized_end=1816
-  _globals['_REFERENCEIDS']._serialized_start=1818
-  _globals['_REFERENCEIDS']._serialized_end=1855
-  _globals['_WITHDRAWREPLY']._serialized_start=1857
-  _globals['_WITHDRAWREPLY']._serialized_end=1923
-  _globals['_WATCHALERTSREQUEST']._serialized_start=1925
-  _globals['_WATCHALERTSREQUEST']._serialized_end=1969
-  _globals['_ALERT']._serialized_start=1972
-  _globals['_ALERT']._serialized_end=2261
-  _globals['_MATCHER']._serialized_start=2519
-  _globals['_MATCHER']._serialized_end=2873
+  _globals['_IDENTIFYREQUEST']._serialized_end=564
+  _globals['_CANDIDATE']._serialized_start=567
+  _globals['_CANDIDATE']._serialized_end=715
+  _globals['_DECISION']._serialized_start=718
+  _globals['_DECISION']._serialized_end=915
+  _globals['_GALLERYTHRESHOLD']._serialized_start=917
+  _globals['_GALLERYTHRESHOLD']._serialized_end=974
+  _globals['_IDENTIFYREPLY']._serialized_start=977
+  _globals['_IDENTIFYREPLY']._serialized_end=1204
+  _globals['_ENROLREQUEST']._serialized_start=1207
+  _globals['_ENROLREQUEST']._serialized_end=1465
+  _globals['_RECEIPT']._serialized_start=1468
+  _globals['_RECEIPT']._serialized_end=1606
+  _globals['_ENROLREPLY']._serialized_start=1609
+  _globals['_ENROLREPLY']._serialized_end=1768
+  _globals['_WITHDRAWREQUEST']._serialized_start=1771
+  _globals['_WITHDRAWREQUEST']._serialized_end=1902
+  _globals['_REFERENCEIDS']._serialized_start=1904
+  _globals['_REFERENCEIDS']._serialized_end=1941
+  _globals['_WITHDRAWREPLY']._serialized_start=1943
+  _globals['_WITHDRAWREPLY']._serialized_end=2009
+  _globals['_WATCHALERTSREQUEST']._serialized_start=2011
+  _globals['_WATCHALERTSREQUEST']._serialized_end=2055
+  _globals['_ALERT']._serialized_start=2058
+  _globals['_ALERT']._serialized_end=2347
+  _globals['_MATCHER']._serialized_start=2605
+  _globals['_MATCHER']._serialized_end=2959
 # @@protoc_insertion_point(module_scope)

@@ -127,6 +127,9 @@ class IdentifyRequest(_message.Message):
     DEADLINE_MS_FIELD_NUMBER: _builtins.int
     MESSAGE_ID_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
+    CAMERA_ID_FIELD_NUMBER: _builtins.int
+    STREAM_NONCE_FIELD_NUMBER: _builtins.int
+    STREAM_SEQUENCE_FIELD_NUMBER: _builtins.int
     dtype: Global___Dtype.ValueType
     templates: _builtins.bytes
     """probe_ids x dimension values of dtype, row after row, little-endian."""
@@ -144,6 +147,12 @@ class IdentifyRequest(_message.Message):
     """Echoed in the reply."""
     traceparent: _builtins.str
     """W3C trace context, if any."""
+    camera_id: _builtins.str
+    """Where the deployment names its cameras: the one that saw these probes."""
+    stream_nonce: _builtins.bytes
+    """16 to 32 random bytes that stay the same while a stream reconnects; an edge node must send them."""
+    stream_sequence: _builtins.int
+    """Counts the sendings under the nonce from 1; each is accepted once."""
     @_builtins.property
     def space(self) -> Global___TemplateSpace: ...
     @_builtins.property
@@ -175,10 +184,13 @@ class IdentifyRequest(_message.Message):
         deadline_ms: _builtins.int = ...,
         message_id: _builtins.str = ...,
         traceparent: _builtins.str = ...,
+        camera_id: _builtins.str = ...,
+        stream_nonce: _builtins.bytes = ...,
+        stream_sequence: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_threshold", b"_threshold", "authority", b"authority", "case_reference", b"case_reference", "deployment_id", b"deployment_id", "space", b"space", "threshold", b"threshold"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_threshold", b"_threshold", "authority", b"authority", "captured_at_ms", b"captured_at_ms", "case_reference", b"case_reference", "deadline_ms", b"deadline_ms", "deployment_id", b"deployment_id", "dtype", b"dtype", "gallery_ids", b"gallery_ids", "message_id", b"message_id", "min_sequence", b"min_sequence", "probe_ids", b"probe_ids", "rank_max", b"rank_max", "space", b"space", "templates", b"templates", "threshold", b"threshold", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_threshold", b"_threshold", "authority", b"authority", "camera_id", b"camera_id", "captured_at_ms", b"captured_at_ms", "case_reference", b"case_reference", "deadline_ms", b"deadline_ms", "deployment_id", b"deployment_id", "dtype", b"dtype", "gallery_ids", b"gallery_ids", "message_id", b"message_id", "min_sequence", b"min_sequence", "probe_ids", b"probe_ids", "rank_max", b"rank_max", "space", b"space", "stream_nonce", b"stream_nonce", "stream_sequence", b"stream_sequence", "templates", b"templates", "threshold", b"threshold", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__threshold: _TypeAlias = _typing.Literal["threshold"]  # noqa: Y015
     _WhichOneofArgType__threshold: _TypeAlias = _typing.Literal["_threshold", b"_threshold"]  # noqa: Y015
@@ -201,6 +213,7 @@ class Candidate(_message.Message):
     SCORE_FIELD_NUMBER: _builtins.int
     RANK_FIELD_NUMBER: _builtins.int
     FALSE_MATCH_RATE_FIELD_NUMBER: _builtins.int
+    SCORE_STEP_FIELD_NUMBER: _builtins.int
     subject_id: _builtins.str
     reference_id: _builtins.str
     gallery_id: _builtins.str
@@ -210,6 +223,10 @@ class Candidate(_message.Message):
     """From 1."""
     false_match_rate: _builtins.float
     """Calibrated chance that an unmated comparison scores at least this."""
+    score_step: _builtins.float
+    """0: the score is exact. Else it is the lower edge of a band of this width, and the rate is rounded up to a power
+    of ten.
+    """
     def __init__(
         self,
         *,
@@ -219,10 +236,11 @@ class Candidate(_message.Message):
         score: _builtins.float = ...,
         rank: _builtins.int = ...,
         false_match_rate: _builtins.float = ...,
+        score_step: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["false_match_rate", b"false_match_rate", "gallery_id", b"gallery_id", "rank", b"rank", "reference_id", b"reference_id", "score", b"score", "subject_id", b"subject_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["false_match_rate", b"false_match_rate", "gallery_id", b"gallery_id", "rank", b"rank", "reference_id", b"reference_id", "score", b"score", "score_step", b"score_step", "subject_id", b"subject_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import stat
 from pathlib import Path
 
 import pytest
 
+from matcher_service.access.authentication import Authentication, Presented
+from matcher_service.access.verbs import EVERY_SCOPE
+from matcher_service.catalogue import Catalogue
+from matcher_service.clock import LawfulTime
 from matcher_service.errors import StartRefused, Unauthenticated
 from matcher_service.gateway.credentials import BearerToken, load_or_create
+from matcher_service.terms import Actor
+from tests.fake_clock import FakeClock
 
 TOKEN = "a" * 43
 
@@ -44,12 +51,19 @@ def test_a_directory_that_does_not_exist_refuses_the_start(tmp_path: Path) -> No
         load_or_create(tmp_path / "none")
 
 
+def read(authorization: str | None, token: str = TOKEN, *, from_loopback: bool = True) -> Actor:
+    known = Authentication(Catalogue(), LawfulTime(FakeClock()), BearerToken(token))
+    return asyncio.run(known.authenticate(Presented(authorization, from_loopback)))
+
+
 @pytest.mark.parametrize("authorization", [f"Bearer {TOKEN}", f"bearer {TOKEN}", f"BEARER  {TOKEN} "])
-def test_the_token_opens_and_names_an_actor_without_showing_itself(authorization: str) -> None:
-    actor = BearerToken(TOKEN).authenticate(authorization)
+def test_the_token_opens_everything_and_names_an_actor_without_showing_itself(authorization: str) -> None:
+    actor = read(authorization)
     assert actor.name.startswith("token-")
+    assert actor.scopes == EVERY_SCOPE
+    assert actor.galleries is None
     assert TOKEN not in actor.name
-    assert BearerToken("b" * 43).authenticate("Bearer " + "b" * 43) != actor
+    assert read("Bearer " + "b" * 43, "b" * 43) != actor
 
 
 @pytest.mark.parametrize(
@@ -64,11 +78,19 @@ def test_the_token_opens_and_names_an_actor_without_showing_itself(authorization
         f"Basic {TOKEN}",
         TOKEN,
         "Bearer \udcff é",
+        "Bearer a.b.c",
+        "Bearer edge.nobody.secret",
     ],
 )
 def test_nothing_else_opens(authorization: str | None) -> None:
     with pytest.raises(Unauthenticated) as refused:
-        BearerToken(TOKEN).authenticate(authorization)
+        read(authorization)
     assert refused.value.field == "authorization"
     assert refused.value.hint
+    assert TOKEN not in str(refused.value)
+
+
+def test_beyond_loopback_the_token_opens_nothing() -> None:
+    with pytest.raises(Unauthenticated, match="loopback only") as refused:
+        read(f"Bearer {TOKEN}", from_loopback=False)
     assert TOKEN not in str(refused.value)

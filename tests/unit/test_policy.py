@@ -233,6 +233,6 @@ def test_a_gallery_deployment_or_case_cannot_exist_without_its_lawful_parts(
     catalogue: Catalogue, write: Write, field: str
 ) -> None:
     with pytest.raises(MatcherError) as refused:
-        policy.judge_change(write, catalogue, 128, 4096, NOW)
+        policy.judge_change(write, Actor("clerk", galleries=None), catalogue, 128, 4096, NOW)
     assert refused.value.field == field
     assert refused.value.hint
