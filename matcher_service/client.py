@@ -30,7 +30,7 @@ from collections.abc import (
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, overload
 
 import grpc
 import grpc.aio
@@ -233,6 +233,45 @@ class ReferenceReceipt(NamedTuple):
     elapsed_s: float
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Receipts(Sequence[ReferenceReceipt]):
+    """The receipts of the rows of one message, in order; made into objects one by one, as they are asked for.
+
+    `refusals` are by row.
+    """
+
+    references: References
+    idempotency_key: str
+    outcomes: Sequence[ReceiptOutcome]
+    sequences: Sequence[int]
+    refusals: Mapping[int, ReferenceReceipt]
+    elapsed_s: float
+
+    def __len__(self) -> int:
+        return len(self.outcomes)
+
+    @overload
+    def __getitem__(self, row: int) -> ReferenceReceipt: ...
+    @overload
+    def __getitem__(self, row: slice) -> Sequence[ReferenceReceipt]: ...
+    def __getitem__(self, row: int | slice) -> ReferenceReceipt | Sequence[ReferenceReceipt]:
+        if isinstance(row, slice):
+            return [self[one] for one in range(len(self))[row]]
+        place = range(len(self))[row]
+        return self.refusals.get(place) or ReferenceReceipt(
+            self.references.reference_ids[place],
+            self.outcomes[place],
+            self.sequences[place],
+            "",
+            "",
+            "",
+            place,
+            self.references.message_id,
+            self.idempotency_key,
+            self.elapsed_s,
+        )
+
+
 class Withdrawal(NamedTuple):
     """`reference_ids` are no longer searchable; `sequence` is that of the withdrawal."""
 
@@ -358,6 +397,11 @@ class MatcherClient:
         """
         return self._stream(_Enrol(self._metadata, self._enrol_deadline_s), _with_keys(messages))
 
+    def enrol_messages(self, messages: AsyncIterable[References]) -> AsyncGenerator[Sequence[ReferenceReceipt], None]:
+        """As `enrol_stream`, with the receipts in groups, each of one message: `Receipts` where all of a message came
+        at once. For many references."""
+        return self._groups(_Enrol(self._metadata, self._enrol_deadline_s), _with_keys(messages))
+
     async def enrol(self, references: References) -> list[ReferenceReceipt]:
         """One message of references: its receipts in the order of its rows. Raises as enrol_stream does."""
 
@@ -452,6 +496,12 @@ class MatcherClient:
     # --- how -------------------------------------------------------------------------------------------
 
     async def _stream(self, dialogue: Any, messages: AsyncIterable[Any]) -> AsyncGenerator[Any, None]:
+        async with aclosing(self._groups(dialogue, messages)) as groups:
+            async for answers in groups:
+                for answer in answers:
+                    yield answer
+
+    async def _groups(self, dialogue: Any, messages: AsyncIterable[Any]) -> AsyncGenerator[Any, None]:
         stream: WindowedStream[Any, Any] = WindowedStream(
             dialogue,
             self._open_channel,
@@ -463,9 +513,9 @@ class MatcherClient:
         )
         self._streams.add(stream)
         try:
-            async with aclosing(stream.run(messages)) as answers:
-                async for answer in answers:
-                    yield answer
+            async with aclosing(stream.groups(messages)) as groups:
+                async for answers in groups:
+                    yield answers
         finally:
             self._streams.discard(stream)
 
@@ -614,6 +664,9 @@ class _Identify:
                 row = row_of.get(decision.probe_id, -1)
                 yield RowAnswer(row, ProbeAnswer(decision, *common), retry_after_ms)
 
+    def whole(self, question: Probes, reply: pb.IdentifyReply, elapsed_s: float) -> None:
+        return None
+
     def refusal(self, question: Probes, row: int, error: MatcherError, elapsed_s: float) -> ProbeAnswer:
         decision = Decision(
             question.probe_ids[row],
@@ -662,6 +715,7 @@ class _Enrol:
             idempotency_key=key,
             replace=references.replace,
             message_id=wire_id,
+            receipts_in_columns=True,
         )
 
     def wire_id(self, reply: pb.EnrolReply) -> str:
@@ -677,21 +731,18 @@ class _Enrol:
                     row, ReferenceReceipt(reference_id, *refused, row, references.message_id, key, elapsed_s), retry
                 )
             return
-        # Receipts are parallel to the request. A reference_id that stands twice in a message has two.
-        for row, wire in enumerate(reply.receipts):
-            receipt = ReferenceReceipt(
-                wire.reference_id,
-                ReceiptOutcome(pb.EnrolOutcome.Name(wire.outcome)),
-                wire.sequence,
-                wire.cause,
-                wire.detail,
-                wire.field,
-                row,
-                references.message_id,
-                key,
-                elapsed_s,
-            )
-            yield RowAnswer(row, receipt, 0 if wire.cause in RETRYABLE_REFERENCE_CAUSES else None)
+        if reply.outcomes:
+            rows: Sequence[ReferenceReceipt] = _in_columns(references, key, reply, elapsed_s)
+        else:
+            # Receipts are parallel to the request. A reference_id that stands twice in a message has two.
+            rows = [_receipt_value(references, key, row, wire, elapsed_s) for row, wire in enumerate(reply.receipts)]
+        for row, receipt in enumerate(rows):
+            yield RowAnswer(row, receipt, 0 if receipt.cause in RETRYABLE_REFERENCE_CAUSES else None)
+
+    def whole(self, question: tuple[References, str], reply: pb.EnrolReply, elapsed_s: float) -> Receipts | None:
+        if not reply.outcomes or any(wire.cause in RETRYABLE_REFERENCE_CAUSES for wire in reply.receipts):
+            return None
+        return _in_columns(*question, reply, elapsed_s)
 
     def refusal(
         self, question: tuple[References, str], row: int, error: MatcherError, elapsed_s: float
@@ -715,6 +766,43 @@ class _Enrol:
 
 
 # --- from the wire to values -----------------------------------------------------------------------------
+
+
+def _receipt_value(references: References, key: str, row: int, wire: pb.Receipt, elapsed_s: float) -> ReferenceReceipt:
+    return ReferenceReceipt(
+        wire.reference_id,
+        _receipt_outcome(wire.outcome),
+        wire.sequence,
+        wire.cause,
+        wire.detail,
+        wire.field,
+        row,
+        references.message_id,
+        key,
+        elapsed_s,
+    )
+
+
+def _receipt_outcome(wire: int) -> ReceiptOutcome:
+    return ReceiptOutcome(pb.EnrolOutcome.Name(wire))  # type: ignore[arg-type]
+
+
+def _in_columns(references: References, key: str, reply: pb.EnrolReply, elapsed_s: float) -> Receipts:
+    """Receipts of a reply in columns; those of the refused rows are in order."""
+    told = list(reply.outcomes)
+    by_number = {number: _receipt_outcome(number) for number in set(told)}
+    refused = (row for row, number in enumerate(told) if number == pb.REFUSED) if reply.receipts else ()
+    return Receipts(
+        references,
+        key,
+        [by_number[number] for number in told],
+        list(reply.sequences),
+        {
+            row: _receipt_value(references, key, row, wire, elapsed_s)
+            for row, wire in zip(refused, reply.receipts, strict=True)
+        },
+        elapsed_s,
+    )
 
 
 def _space_value(space: pb.TemplateSpace) -> SpaceId:

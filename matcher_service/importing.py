@@ -13,7 +13,7 @@ import json
 import os
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,10 +21,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from matcher_service.client import MatcherClient, ReceiptOutcome, ReferenceReceipt, References, error_for
+from matcher_service.client import (
+    MatcherClient,
+    ReceiptOutcome,
+    Receipts,
+    ReferenceReceipt,
+    References,
+    error_for,
+)
 from matcher_service.errors import InvalidInput, MatcherError
 from matcher_service.template_files import Rows, TemplateFile
-from matcher_service.terms import Cause, SpaceId
+from matcher_service.terms import Cause, Int64, SpaceId
 
 BLOCK_ROWS = 1000
 BLOCK_BYTES_MAX = 2 * 1024 * 1024
@@ -132,7 +139,7 @@ class _Block:
     """A block on its way: `rows` are the numbers in the file of what was sent; `waiting` counts receipts."""
 
     number: int
-    rows: list[int]
+    rows: Int64
     waiting: int
     counts: Counter[str] = field(default_factory=Counter)
 
@@ -185,9 +192,9 @@ class Import:
         """Send what is left. Raises what stopped it; everything durable until then is remembered, and running
         again goes on from there. The progress file is removed when every row was dealt with."""
         try:
-            async with aclosing(self._client.enrol_stream(self._messages())) as receipts:
-                async for receipt in receipts:
-                    self._take(receipt)
+            async with aclosing(self._client.enrol_messages(self._messages())) as groups:
+                async for receipts in groups:
+                    self._take(receipts)
         finally:
             if self.progress.blocks_done:
                 self._progress_file.write(self.progress)
@@ -211,49 +218,63 @@ class Import:
     def _block(self, number: int, rows: Rows) -> tuple[References, _Block]:
         reference_ids, subject_ids = rows.texts["reference_id"], rows.texts["subject_id"]
         refused: Counter[str] = Counter()
-        good: list[int] = []
-        first_at: dict[str, int] = {}
-        for offset, reference_id in enumerate(reference_ids):
-            fault = rows.faults.get(offset)
-            row = rows.first_row + offset
-            if fault is not None:
-                bad = BadRow(row, reference_id, fault.cause.value, fault.field, fault.detail)
-            elif reference_id in first_at:
-                detail = f"stands already in row {first_at[reference_id]}"
-                bad = BadRow(row, reference_id, Cause.CONFLICT.value, "reference_id", detail)
-            else:
-                first_at[reference_id] = row
-                good.append(offset)
-                continue
-            refused["refused"] += 1
-            self._on_bad_row(bad)
+        good = np.arange(len(reference_ids))
+        if rows.faults or len(set(reference_ids)) != len(reference_ids):
+            bad = self._bad_rows(rows)
+            refused["refused"] = len(bad)
+            good = np.delete(good, bad)
+            reference_ids = [reference_ids[offset] for offset in good.tolist()]
+            subject_ids = [subject_ids[offset] for offset in good.tolist()]
         expires = rows.numbers.get("expires_at_ms")
         references = References(
             gallery_id=self.progress.gallery_id,
             space=self._space,
-            reference_ids=[reference_ids[offset] for offset in good],
-            subject_ids=[subject_ids[offset] for offset in good],
-            templates=rows.templates[good],
+            reference_ids=reference_ids,
+            subject_ids=subject_ids,
+            templates=rows.templates[good] if refused else rows.templates,
             expires_at_ms=() if expires is None else np.asarray(expires[good]),
             replace=self.progress.replace,
             idempotency_key=self.progress.key(number),
             message_id=str(number),
         )
-        return references, _Block(number, [rows.first_row + offset for offset in good], len(good), refused)
+        return references, _Block(number, rows.first_row + good, len(good), refused)
 
-    def _take(self, receipt: ReferenceReceipt) -> None:
-        block = self._under_way[int(receipt.message_id)]
-        if receipt.outcome is ReceiptOutcome.REFUSED:
+    def _bad_rows(self, rows: Rows) -> list[int]:
+        """Tell of the rows that cannot be sent; their places in the block."""
+        bad: list[int] = []
+        first_at: dict[str, int] = {}
+        for offset, reference_id in enumerate(rows.texts["reference_id"]):
+            row = rows.first_row + offset
+            fault = rows.faults.get(offset)
+            if fault is not None:
+                told = BadRow(row, reference_id, fault.cause.value, fault.field, fault.detail)
+            elif reference_id in first_at:
+                detail = f"stands already in row {first_at[reference_id]}"
+                told = BadRow(row, reference_id, Cause.CONFLICT.value, "reference_id", detail)
+            else:
+                first_at[reference_id] = row
+                continue
+            bad.append(offset)
+            self._on_bad_row(told)
+        return bad
+
+    def _take(self, receipts: Sequence[ReferenceReceipt]) -> None:
+        """Receipts of one message, perhaps not yet all of them."""
+        block = self._under_way[int(receipts[0].message_id)]
+        if isinstance(receipts, Receipts):
+            outcomes, refusals = receipts.outcomes, list(receipts.refusals.values())
+        else:
+            outcomes = [receipt.outcome for receipt in receipts]
+            refusals = [receipt for receipt in receipts if receipt.outcome is ReceiptOutcome.REFUSED]
+        for receipt in refusals:
             if receipt.cause not in ROW_CAUSES:
                 raise _stopped(receipt)
-            block.counts["refused"] += 1
             detail = receipt.detail or receipt.cause
             self._on_bad_row(
-                BadRow(block.rows[receipt.row], receipt.reference_id, receipt.cause, receipt.field, detail)
+                BadRow(int(block.rows[receipt.row]), receipt.reference_id, receipt.cause, receipt.field, detail)
             )
-        else:
-            block.counts[receipt.outcome.value.lower()] += 1
-        block.waiting -= 1
+        block.counts.update({outcome.value.lower(): count for outcome, count in Counter(outcomes).items()})
+        block.waiting -= len(receipts)
         if not block.waiting:
             del self._under_way[block.number]
             self._end(block)

@@ -12,6 +12,7 @@ import asyncio
 import random
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine, Iterable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -56,6 +57,10 @@ class Dialogue(Protocol[Asked, Given]):
     def wire_id(self, reply: Any) -> str: ...
 
     def decode(self, question: Asked, reply: Any, elapsed_s: float) -> Iterable[RowAnswer]: ...
+
+    def whole(self, question: Asked, reply: Any, elapsed_s: float) -> Sequence[Given] | None:
+        """The final answers of all rows in order, where that is less work than row by row; None: `decode` tells."""
+        ...
 
     def refusal(self, question: Asked, row: int, error: MatcherError, elapsed_s: float) -> Given:
         """The answer of a row that the service did not answer."""
@@ -143,7 +148,7 @@ class WindowedStream(Generic[Question, Answer]):
         self._last_break: MatcherError | None = None
         self._wire_ids = 0
         # Bounded by the window: a flight's permit is returned only when its last answer leaves this queue.
-        self._answers: asyncio.Queue[tuple[list[Answer], int] | BaseException | None] = asyncio.Queue()
+        self._answers: asyncio.Queue[tuple[Sequence[Answer], int] | BaseException | None] = asyncio.Queue()
         self._source_error: BaseException | None = None
         self._source_ended = False
         self._finished = False
@@ -155,6 +160,13 @@ class WindowedStream(Generic[Question, Answer]):
     async def run(self, source: AsyncIterable[Question]) -> AsyncGenerator[Answer, None]:
         """Answers in the order in which they come. Raises what the source raised, after the rows already
         taken were answered, and the stream's own error when it ended for good (the same applies)."""
+        async with aclosing(self.groups(source)) as groups:
+            async for answers in groups:
+                for answer in answers:
+                    yield answer
+
+    async def groups(self, source: AsyncIterable[Question]) -> AsyncGenerator[Sequence[Answer], None]:
+        """The same, in groups as they come; those of one group are of one message."""
         self._tasks = [
             asyncio.create_task(self._owned(self._take_in(source)), name="matcher-client-intake"),
             asyncio.create_task(self._owned(self._converse()), name="matcher-client-connection"),
@@ -166,8 +178,8 @@ class WindowedStream(Generic[Question, Answer]):
                 answers, permits = item
                 for _ in range(permits):
                     self._window.release()
-                for answer in answers:
-                    yield answer
+                if answers:
+                    yield answers
             if self._source_error is not None:
                 raise self._source_error
             if self._connected:
@@ -234,7 +246,7 @@ class WindowedStream(Generic[Question, Answer]):
 
     # --- answers ---------------------------------------------------------------------------------------
 
-    def _deliver(self, flight: _Flight[Question], rows: Iterable[int], answers: list[Answer]) -> None:
+    def _deliver(self, flight: _Flight[Question], rows: Iterable[int], answers: Sequence[Answer]) -> None:
         flight.unanswered.difference_update(rows)
         done = not flight.unanswered
         if done:
@@ -278,9 +290,15 @@ class WindowedStream(Generic[Question, Answer]):
             self._counts.surplus_answers_dropped += 1
             return
         flight = attempt.flight
+        elapsed_s = now - flight.taken_at
+        whole = self._dialogue.whole(flight.question, reply, elapsed_s)
+        if whole is not None and len(whole) == len(attempt.rows) == len(flight.unanswered):
+            del self._sent[wire_id]
+            self._deliver(flight, attempt.rows, whole)
+            return
         rows: list[int] = []
         answers: list[Answer] = []
-        for row, answer, after_ms in self._dialogue.decode(flight.question, reply, now - flight.taken_at):
+        for row, answer, after_ms in self._dialogue.decode(flight.question, reply, elapsed_s):
             if row not in attempt.rows or row not in flight.unanswered:
                 self._counts.surplus_answers_dropped += 1
                 continue

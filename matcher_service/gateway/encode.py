@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from matcher_service.decision import rejection
 from matcher_service.errors import MatcherError
+from matcher_service.receipts import EnrolReceipts
 from matcher_service.terms import (
     Alert,
     Candidate,
@@ -81,13 +82,30 @@ def _decision(decision: Decision) -> pb.Decision:
 
 
 def enrol_reply(
-    reference_ids: Sequence[str], receipts: Sequence[Receipt | MatcherError], message_id: str
+    reference_ids: Sequence[str],
+    receipts: Sequence[Receipt | MatcherError],
+    message_id: str,
+    *,
+    in_columns: bool = False,
 ) -> pb.EnrolReply:
-    """One receipt per reference, in order; `sequence` is the greatest that was committed."""
+    """One receipt per reference, in order; `sequence` is the greatest that was committed. In columns there are receipts
+    of the refused only."""
+    columns = EnrolReceipts.of(receipts)
+    newest = int(columns.sequences.max(initial=0))
+    if not in_columns:
+        every = [_receipt(one, receipt) for one, receipt in zip(reference_ids, receipts, strict=True)]
+        return pb.EnrolReply(message_id=message_id, receipts=every, sequence=newest)
+    outcomes: list[pb.EnrolOutcome.ValueType] = [pb.ENROLLED] * len(columns)
+    for row, outcome in columns.others.items():
+        outcomes[row] = _WRITE_OUTCOMES[outcome]
+    for row in columns.refusals:
+        outcomes[row] = pb.REFUSED
     return pb.EnrolReply(
         message_id=message_id,
-        receipts=[_receipt(one, receipt) for one, receipt in zip(reference_ids, receipts, strict=True)],
-        sequence=max((one.sequence for one in receipts if isinstance(one, Receipt)), default=0),
+        outcomes=outcomes,
+        sequences=columns.sequences.tolist(),
+        receipts=[_receipt(reference_ids[row], refusal) for row, refusal in sorted(columns.refusals.items())],
+        sequence=newest,
     )
 
 

@@ -275,7 +275,9 @@ class MatcherEdge:
             request = decode.parse(pb.EnrolRequest, data)
             message = decode.enrol_message(request, self._limits, actor, self._now(), remaining_s)
             receipts = await self._service.enrol(message)
-            return encode.enrol_reply(message.reference_ids, receipts, message.message_id), "ok"
+            return encode.enrol_reply(
+                message.reference_ids, receipts, message.message_id, in_columns=request.receipts_in_columns
+            ), "ok"
         except MatcherError as refused:
             refusal = refused
         except Exception as error:

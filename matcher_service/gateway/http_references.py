@@ -59,7 +59,8 @@ def router(service: Service) -> APIRouter:
                 raise refusal
         ids, message_id = message.reference_ids, message.message_id
         if as_protobuf:
-            return protobuf_response(encode.enrol_reply(ids, receipts, message_id))
+            in_columns = protobuf and sent.receipts_in_columns
+            return protobuf_response(encode.enrol_reply(ids, receipts, message_id, in_columns=in_columns))
         rows = "" if protobuf else "references"
         return json_response(encode_json.enrol_reply(ids, receipts, message_id, rows=rows))
 

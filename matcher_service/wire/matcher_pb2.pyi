@@ -374,6 +374,8 @@ class EnrolRequest(_message.Message):
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     REPLACE_FIELD_NUMBER: _builtins.int
     MESSAGE_ID_FIELD_NUMBER: _builtins.int
+    RECEIPTS_IN_COLUMNS_FIELD_NUMBER: _builtins.int
+    GROUNDS_FIELD_NUMBER: _builtins.int
     gallery_id: _builtins.str
     dtype: Global___Dtype.ValueType
     templates: _builtins.bytes
@@ -382,6 +384,8 @@ class EnrolRequest(_message.Message):
     replace: _builtins.bool
     """Replace a live reference of the same reference_id; without it such a reference is a conflict."""
     message_id: _builtins.str
+    receipts_in_columns: _builtins.bool
+    """Answer in columns: EnrolReply.outcomes and sequences for all, receipts for the REFUSED alone."""
     @_builtins.property
     def space(self) -> Global___TemplateSpace: ...
     @_builtins.property
@@ -393,6 +397,10 @@ class EnrolRequest(_message.Message):
     @_builtins.property
     def expires_at_ms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Empty, or one per template; 0: the gallery's retention. Never later than that."""
+
+    @_builtins.property
+    def grounds(self) -> Global___Grounds:
+        """What the references rest on; what it leaves out is the gallery's."""
 
     def __init__(
         self,
@@ -407,14 +415,80 @@ class EnrolRequest(_message.Message):
         idempotency_key: _builtins.str = ...,
         replace: _builtins.bool = ...,
         message_id: _builtins.str = ...,
+        receipts_in_columns: _builtins.bool = ...,
+        grounds: Global___Grounds | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["space", b"space"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["grounds", b"grounds", "space", b"space"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "expires_at_ms", b"expires_at_ms", "gallery_id", b"gallery_id", "idempotency_key", b"idempotency_key", "message_id", b"message_id", "reference_ids", b"reference_ids", "replace", b"replace", "space", b"space", "subject_ids", b"subject_ids", "templates", b"templates"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "expires_at_ms", b"expires_at_ms", "gallery_id", b"gallery_id", "grounds", b"grounds", "idempotency_key", b"idempotency_key", "message_id", b"message_id", "receipts_in_columns", b"receipts_in_columns", "reference_ids", b"reference_ids", "replace", b"replace", "space", b"space", "subject_ids", b"subject_ids", "templates", b"templates"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EnrolRequest: _TypeAlias = EnrolRequest  # noqa: Y015
+
+@_typing.final
+class Grounds(_message.Message):
+    """The single values are those of every reference for which the column says nothing. Columns are empty, or have one
+    value per reference, empty or 0 where the single value holds.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    LAWFUL_BASIS_FIELD_NUMBER: _builtins.int
+    REVIEW_BY_MS_FIELD_NUMBER: _builtins.int
+    CATEGORY_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    SOURCES_FIELD_NUMBER: _builtins.int
+    LAWFUL_BASES_FIELD_NUMBER: _builtins.int
+    REVIEWS_BY_MS_FIELD_NUMBER: _builtins.int
+    CATEGORIES_FIELD_NUMBER: _builtins.int
+    REASONS_FIELD_NUMBER: _builtins.int
+    QUALITIES_FIELD_NUMBER: _builtins.int
+    source: _builtins.str
+    """Where the picture comes from, and under which law it is held."""
+    lawful_basis: _builtins.str
+    review_by_ms: _builtins.int
+    """When a person must look at the ground again; a reference whose review is overdue is not searched."""
+    category: _builtins.str
+    """Asked for on a watchlist: one of its categories, and the reason in words."""
+    reason: _builtins.str
+    @_builtins.property
+    def sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def lawful_bases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def reviews_by_ms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def categories(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def qualities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """From 0 to 1, as /v1/templates measures it; NaN: unknown."""
+
+    def __init__(
+        self,
+        *,
+        source: _builtins.str = ...,
+        lawful_basis: _builtins.str = ...,
+        review_by_ms: _builtins.int = ...,
+        category: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        sources: _abc.Iterable[_builtins.str] | None = ...,
+        lawful_bases: _abc.Iterable[_builtins.str] | None = ...,
+        reviews_by_ms: _abc.Iterable[_builtins.int] | None = ...,
+        categories: _abc.Iterable[_builtins.str] | None = ...,
+        reasons: _abc.Iterable[_builtins.str] | None = ...,
+        qualities: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["categories", b"categories", "category", b"category", "lawful_bases", b"lawful_bases", "lawful_basis", b"lawful_basis", "qualities", b"qualities", "reason", b"reason", "reasons", b"reasons", "review_by_ms", b"review_by_ms", "reviews_by_ms", b"reviews_by_ms", "source", b"source", "sources", b"sources"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Grounds: _TypeAlias = Grounds  # noqa: Y015
 
 @_typing.final
 class Receipt(_message.Message):
@@ -461,6 +535,8 @@ class EnrolReply(_message.Message):
     DETAIL_FIELD_NUMBER: _builtins.int
     FIELD_FIELD_NUMBER: _builtins.int
     RETRY_AFTER_MS_FIELD_NUMBER: _builtins.int
+    OUTCOMES_FIELD_NUMBER: _builtins.int
+    SEQUENCES_FIELD_NUMBER: _builtins.int
     message_id: _builtins.str
     sequence: _builtins.int
     """Greatest sequence among the receipts: durable, and a min_sequence for searches that must see them."""
@@ -471,6 +547,14 @@ class EnrolReply(_message.Message):
     retry_after_ms: _builtins.int
     @_builtins.property
     def receipts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Receipt]: ...
+    @_builtins.property
+    def outcomes(self) -> _containers.RepeatedScalarFieldContainer[Global___EnrolOutcome.ValueType]:
+        """If asked for in columns: one per reference, in order; sequence 0 for a REFUSED one. `receipts` then holds only
+        those of the REFUSED ones, in order.
+        """
+
+    @_builtins.property
+    def sequences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
         self,
         *,
@@ -481,10 +565,12 @@ class EnrolReply(_message.Message):
         detail: _builtins.str = ...,
         field: _builtins.str = ...,
         retry_after_ms: _builtins.int = ...,
+        outcomes: _abc.Iterable[Global___EnrolOutcome.ValueType] | None = ...,
+        sequences: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "detail", b"detail", "field", b"field", "message_id", b"message_id", "receipts", b"receipts", "retry_after_ms", b"retry_after_ms", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "detail", b"detail", "field", b"field", "message_id", b"message_id", "outcomes", b"outcomes", "receipts", b"receipts", "retry_after_ms", b"retry_after_ms", "sequence", b"sequence", "sequences", b"sequences"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
