@@ -273,9 +273,18 @@ class WriteTransaction:
         self._notes.clear()
 
     def record(self, events: Sequence[AuditEvent], details: Sequence[bytes], alerts: Sequence[Alert]) -> None:
-        """Chain the events, then each alert with a record of its own, whose detail is erased with the alert."""
+        """Chain the events, then each alert with a record of its own, whose detail is erased with the alert.
+
+        An alert whose id is held already is passed over: a probe that was sent again raises it again.
+        """
         for event, detail in zip(events, details, strict=True):
             self.chain(event.actor, event.action, event.subject, {}, detail)
+        if not alerts:
+            return
+        ids = {one.alert_id for one in alerts}
+        ids.difference_update(self.connection.execute(_KNOWN_ALERTS, {"wanted": list(ids)}).scalars())
+        ids.difference_update(row[1] for row in self._alerts_out)
+        alerts = [one for one in alerts if one.alert_id in ids]
         if not alerts:
             return
         position = (self.connection.execute(_ALERT_TAIL).scalar() or 0) + len(self._alerts_out)
@@ -412,6 +421,7 @@ def _slices(names: list[str]) -> Iterable[list[str]]:
 _TAIL = select(entry.c.sequence, entry.c.at_ms).order_by(entry.c.sequence.desc()).limit(1)
 _AUDIT_TAIL = select(audit_record.c.position, audit_record.c.hash).order_by(audit_record.c.position.desc()).limit(1)
 _ALERT_TAIL = select(func.max(alert.c.position))
+_KNOWN_ALERTS = select(alert.c.alert_id).where(alert.c.alert_id.in_(bindparam("wanted", expanding=True)))
 _GALLERY: BindParameter[str] = bindparam("gallery")
 _WANTED: BindParameter[list[str]] = bindparam("wanted", expanding=True)
 _HELD = select(

@@ -24,6 +24,9 @@ _CLASS_OF_CAUSE: dict[str, type[MatcherError]] = {
     Cause.TOO_MANY: errors.TooLarge,
     Cause.UNKNOWN_GALLERY: errors.NotFound,
     Cause.EXPIRED: errors.Gone,
+    Cause.REPLAYED: errors.Conflict,
+    Cause.COOLING_DOWN: errors.Overloaded,
+    Cause.IDENTITY_UNAVAILABLE: errors.ServiceFault,
 }
 
 
