@@ -78,8 +78,9 @@ def _libpython_folder() -> Path:
 @contextmanager
 def _alone() -> Iterator[None]:
     """One builder at a time; the others wait and find it done."""
-    ENVIRONMENT.mkdir(parents=True, exist_ok=True)
-    with (ENVIRONMENT / ".lock").open("w") as lock:
+    ENVIRONMENT.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the folder: building clears what is in it.
+    with ENVIRONMENT.with_name(f"{ENVIRONMENT.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
