@@ -15,6 +15,7 @@ from pathlib import Path
 from matcher_service.errors import StartRefused
 
 MODELS = ("template_adapter", "score_calibrator", "face_embedder")
+SHARD = "gallery_shard"
 _INSTANCE_GROUP = re.compile(r"^instance_group \[ \{ count: (\d+) kind: (KIND_[A-Z]+) \} \]$", re.MULTILINE)
 _NOT_COPIED = shutil.ignore_patterns("__pycache__", "*.pyc")
 
@@ -27,15 +28,18 @@ def assemble(
     on_gpu: bool = False,
     instances: int = 1,
     parameters: Mapping[str, str] | None = None,
+    shards: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Path:
     """Copy `models` from the repository `source` to the new folder `into`, with `instances` of each, and with the
-    `parameters` of face_embedder that are named. Without `on_gpu` every instance is on the CPU.
+    `parameters` of face_embedder that are named. Without `on_gpu` every instance is on the CPU. Of gallery_shard there
+    is one copy for each of `shards`, under that name and with those of its parameters.
 
     Returns `into`. Raises StartRefused if `into` has contents, or a model or parameter does not exist.
     """
     if into.exists() and any(into.iterdir()):
         raise StartRefused(f"{into} is not empty", field="into", hint="name a new folder")
-    for name in models:
+    shards = shards or {}
+    for name in (*models, *((SHARD,) if shards else ())):
         if not (source / name / "config.pbtxt").is_file():
             raise StartRefused(f"{source} has no model {name}", field="source", hint="name the folder triton_models")
     for name in models:
@@ -45,6 +49,13 @@ def assemble(
         if name == "face_embedder":
             for key, value in (parameters or {}).items():
                 text = with_parameter(text, key, value)
+        config.write_text(text, "utf-8")
+    for name, chosen in shards.items():
+        shutil.copytree(source / SHARD, into / name, ignore=_NOT_COPIED)
+        config = into / name / "config.pbtxt"
+        text = config.read_text("utf-8").replace(f'name: "{SHARD}"', f'name: "{name}"', 1)
+        for key, value in chosen.items():
+            text = with_parameter(text, key, value)
         config.write_text(text, "utf-8")
     return into
 
@@ -69,5 +80,5 @@ def with_parameter(config: str, key: str, value: str) -> str:
     pattern = re.compile(rf'^parameters \{{ key: "{re.escape(key)}" .*\}}$', re.MULTILINE)
     text, count = pattern.subn(lambda _: line, config)
     if count != 1:
-        raise StartRefused(f"face_embedder has no parameter {key}", field="parameters")
+        raise StartRefused(f"the model has no parameter {key}", field="parameters")
     return text

@@ -168,3 +168,15 @@ def test_rows_are_ended_while_segments_are_joined(rng: np.random.Generator) -> N
     engine.end_rows(chosen, log.entries[-1].at_ms)
     assert not rewriting.is_alive()
     assert_answers_as(engine, oracle_of(LEFT, log), rng)
+
+
+def test_a_view_taken_before_rows_are_ended_shows_all_of_them(rng: np.random.Generator) -> None:
+    """A search sees one moment: what it guesses a floor from does not vanish before it scans."""
+    log, engine = LogWriter(), engine_of()
+    write(log, rng, 1500)
+    engine.apply(log.entries)
+    view, gone = engine.view, mask_of(RIGHT)
+    assert engine.end_rows(lambda gallery_id, names: gone[partitions_of(gallery_id, names)], log.entries[-1].at_ms)
+    request = asking(unit_rows(rng, 8, 32), GALLERIES)
+    assert same(engine.search(request, view), oracle_of(LEFT | RIGHT, log).search_now(request))
+    assert_answers_as(engine, oracle_of(LEFT, log), rng)

@@ -1,0 +1,198 @@
+"""Puts a shard's process together: settings, keys, log, files. For a shard, the only place that chooses.
+
+The process is the one that Triton's Python backend makes for an instance of the model `gallery_shard`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated
+
+import structlog
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from matcher_service import interpreter, process_lock
+from matcher_service.clock import SystemClock
+from matcher_service.errors import InvalidInput, NotFound, StartRefused
+from matcher_service.gallery.keys import Keyring
+from matcher_service.gallery.postgres import open_postgres_log
+from matcher_service.partitions import parse
+from matcher_service.seams import GalleryLog
+from matcher_service.settings import IndexSettings, StorageSettings
+from matcher_service.shards.following import FollowingShard
+from matcher_service.shards.hosted import HostedShard, Opening
+
+# A predecessor that was told to end still writes its files.
+_LOCK_S_MAX = 30.0
+_LOCK_RETRY_S = 0.25
+
+_log = structlog.get_logger(__name__)
+
+
+class _Configured(BaseSettings):
+    """Settings of a shard, by environment variable MATCHER_SHARD_<NAME> or by a parameter of the model, which wins.
+    One of an empty text counts as not given."""
+
+    model_config = SettingsConfigDict(env_prefix="MATCHER_SHARD_", frozen=True, extra="forbid", env_ignore_empty=True)
+
+
+def _sensible(partitions: str) -> str:
+    try:
+        parse(partitions)
+    except InvalidInput as unfit:
+        raise ValueError(f"{unfit.detail}; {unfit.hint}") from unfit
+    return partitions
+
+
+class ShardSettings(_Configured):
+    data_dir: Path = Field(description="Folder of this shard alone: its assignment and its segments.")
+    keys_dir: Path = Field(description="The keys directory that the gateways use too; it is only read.")
+    log_url: SecretStr = Field(SecretStr(""), description="postgresql://user:password@host/database of the log.")
+    log_url_file: Path | None = Field(None, description="A file that holds that address instead.")
+    partitions: Annotated[str, AfterValidator(_sensible)] = Field(
+        "all", description='Partitions to own: ranges such as "0-63, 70", "all", or a bitmap of 64 hexadecimal digits.'
+    )
+    threads: int = Field(0, ge=0, description="Threads of a search; 0: all cores.")
+    memory_bytes_max: int = Field(0, ge=0, description="Budget of the index; 0: 70% of the machine's memory.")
+    segment_rows_max: int = Field(1_000_000, ge=1000, description="Rows at which a segment is sealed.")
+    erase_within_h: float = Field(1.0, gt=0, le=24, description="Withdrawn rows leave memory and files within this.")
+    log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning, error.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ShardSettings:
+        if bool(self.log_url.get_secret_value()) == (self.log_url_file is not None):
+            raise ValueError("set either log_url or log_url_file")
+        return self
+
+    def address(self) -> str:
+        """The log's address; read anew each time, since secrets are rotated. Raises StartRefused."""
+        if self.log_url_file is None:
+            return self.log_url.get_secret_value()
+        try:
+            return self.log_url_file.read_text("utf-8").strip()
+        except OSError as error:
+            raise StartRefused(f"cannot read {self.log_url_file}: {error.strerror}", field="log_url_file") from error
+
+
+class UnsuspendedClock(SystemClock):
+    """Its monotonic clock goes on while the machine is suspended: what was fresh before is not fresh after."""
+
+    def monotonic(self) -> float:
+        return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+
+
+def load_settings(parameters: Mapping[str, str]) -> ShardSettings:
+    """From a model's parameters and the environment. Raises StartRefused naming what is wrong."""
+    given = {name: value for name, value in parameters.items() if value}
+    try:
+        return ShardSettings(**given)  # type: ignore[arg-type]
+    except ValidationError as invalid:
+        wrong = "; ".join(
+            f"{'.'.join(str(part) for part in one['loc']) or 'parameters'}: {one['msg']}" for one in invalid.errors()
+        )
+        raise StartRefused(
+            f"the shard's settings: {wrong}", hint="set the model's parameters or MATCHER_SHARD_* variables"
+        ) from invalid
+
+
+def open_shard(name: str, parameters: Mapping[str, str]) -> HostedShard:
+    """The shard `name` of a model with these parameters; it goes on opening after the return.
+
+    Raises StartRefused if the settings make no sense.
+    """
+    settings = load_settings(parameters)
+    _limit_arithmetic()
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(settings.log_level),
+    )
+    shard = HostedShard(name, _opening(name, settings))
+    interpreter.tune()
+    return shard
+
+
+def _opening(name: str, settings: ShardSettings) -> Opening:
+    clock = UnsuspendedClock()
+    # Of these a shard that only reads uses nothing.
+    storage = StorageSettings()  # type: ignore[call-arg]
+    index = IndexSettings(
+        memory_bytes_max=settings.memory_bytes_max,
+        segment_rows_max=settings.segment_rows_max,
+        threads=settings.threads,
+    )
+
+    @asynccontextmanager
+    async def opened() -> AsyncIterator[tuple[FollowingShard, GalleryLog]]:
+        async with _locked(settings.data_dir):
+            keyring = await asyncio.to_thread(Keyring.open, settings.keys_dir)
+            keyring.require()
+            # The log first: without it nothing that the files hold could be answered as fresh.
+            log = await open_postgres_log(settings.address(), keyring, storage, clock, read_only=True)
+            try:
+                shard = await FollowingShard.open(
+                    name,
+                    settings.data_dir / "shard",
+                    _key_of(keyring),
+                    index,
+                    clock,
+                    configured=parse(settings.partitions),
+                    erase_within_s=settings.erase_within_h * 3600,
+                )
+                try:
+                    yield shard, log
+                finally:
+                    await shard.close()
+            finally:
+                await log.close()
+
+    return opened
+
+
+@asynccontextmanager
+async def _locked(data_dir: Path) -> AsyncIterator[None]:
+    until = time.monotonic() + _LOCK_S_MAX
+    while True:
+        lock = process_lock.held(data_dir)
+        try:
+            lock.__enter__()
+            break
+        except StartRefused:
+            if time.monotonic() > until:
+                raise
+            await asyncio.sleep(_LOCK_RETRY_S)
+    try:
+        yield
+    finally:
+        lock.__exit__(None, None, None)
+
+
+def _key_of(keyring: Keyring) -> Callable[[str], bytes | None]:
+    """A key that was destroyed is none; one that is merely not there must stop the opening, or the rows that it
+    sealed would be taken for deleted."""
+
+    def key(gallery_id: str) -> bytes | None:
+        try:
+            return keyring.key(gallery_id)
+        except NotFound as missing:
+            if keyring.destroyed(gallery_id):
+                return None
+            raise StartRefused(missing.detail, hint="mount the keys directory of the gateways") from missing
+
+    return key
+
+
+def _limit_arithmetic() -> None:
+    """OpenBLAS keeps to one thread, as in a gateway's process: the scans share out the work themselves."""
+    from threadpoolctl import threadpool_limits
+
+    threadpool_limits(1, "blas")

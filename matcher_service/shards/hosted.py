@@ -1,0 +1,132 @@
+"""A following shard in a process that is not asyncio's own, such as the one that Triton's Python backend makes.
+
+A thread of its own runs the event loop in which the shard follows its log. Whoever answers requests, one at a time,
+searches in the calling thread: between a request and the engine there is no queue and no other thread.
+
+Opening can take long and can fail for a while: the log is not there yet, the keys are not mounted. Until it has
+succeeded, and after a failure, every answer says why, and answers for no partition.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Mapping
+from contextlib import AbstractAsyncContextManager
+from typing import Any, TypeVar
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from matcher_service.errors import MatcherError, ShardUnavailable
+from matcher_service.index.fastscan import one_thread
+from matcher_service.partitions import NO_PARTITIONS
+from matcher_service.seams import GalleryLog
+from matcher_service.shards.exchange import ShardAnswer, ShardState, answer_tensors, request_of
+from matcher_service.shards.following import FollowingShard
+from matcher_service.terms import SearchRequest, SearchResult
+
+# Opened parts: a shard, and the log that it is to follow. Left again when the shard ends, in whatever way.
+Opening = Callable[[], AbstractAsyncContextManager[tuple[FollowingShard, GalleryLog]]]
+
+RETRY_S = 1.0
+# An assignment waits for the disk; a count of rows, for a block of entries that is being applied.
+CONTROL_S_MAX = 10.0
+END_S_MAX = 60.0
+
+T = TypeVar("T")
+
+_log = structlog.get_logger(__name__)
+
+
+class HostedShard:
+    """Begins to open the shard when it is made; `close` ends it."""
+
+    def __init__(self, name: str, opening: Opening) -> None:
+        self._name = name
+        self._opening = opening
+        self._shard: FollowingShard | None = None
+        self._refusal = "starting"
+        self._loop = asyncio.new_event_loop()
+        self._working: asyncio.Task[None] | None = None
+        self._thread = threading.Thread(target=self._run, name=f"shard-{name}", daemon=True)
+        self._thread.start()
+        one_thread()
+
+    def answer(self, tensors: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """The tensors that answer a request; called by the thread that made this. Raises MatcherError."""
+        asked = request_of(tensors)
+        shard = self._shard
+        if asked.assign is not None:
+            if shard is None:
+                raise ShardUnavailable(f"shard {self._name} is not open: {self._refusal}", hint="assign again later")
+            self._await(shard.assign(asked.assign))
+        if len(asked.search.probes):
+            answer = shard.search(asked.search) if shard is not None else self._without(asked.search)
+        else:
+            state = self._await(shard.status()) if shard is not None else self._state()
+            answer = ShardAnswer(_nothing(0, state.sequence), state)
+        return answer_tensors(answer.result, answer.state)
+
+    def close(self) -> None:
+        """Write the files and end; repeatable."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._cancel)
+            self._thread.join(END_S_MAX)
+
+    # --- in the loop's thread ----------------------------------------------------------------------
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._working = self._loop.create_task(self._work())
+        try:
+            self._loop.run_until_complete(asyncio.gather(self._working, return_exceptions=True))
+            self._loop.run_until_complete(self._loop.shutdown_default_executor())
+        finally:
+            self._loop.close()
+
+    def _cancel(self) -> None:
+        if self._working is not None:
+            self._working.cancel()
+
+    async def _work(self) -> None:
+        """Open and follow, again and again, until cancelled: whatever failed, what is on disk and the log remain."""
+        while True:
+            try:
+                async with self._opening() as (shard, log):
+                    self._shard = shard
+                    await shard.run(log)
+            except MatcherError as refusal:
+                if str(refusal) != self._refusal:
+                    _log.error("shard_not_open", shard=self._name, detail=str(refusal))
+                self._refusal = str(refusal)
+            except Exception as fault:
+                self._refusal = f"failed, and is opened again: {type(fault).__name__}"
+                _log.critical("shard_failed", shard=self._name, exc_info=fault)
+            finally:
+                self._shard = None
+            await asyncio.sleep(RETRY_S)
+
+    # --- answers -----------------------------------------------------------------------------------
+
+    def _await(self, work: Coroutine[Any, Any, T]) -> T:
+        try:
+            return asyncio.run_coroutine_threadsafe(work, self._loop).result(CONTROL_S_MAX)
+        except TimeoutError as late:
+            raise ShardUnavailable(f"shard {self._name} is busy", hint="ask again") from late
+        except OSError as broken:
+            raise ShardUnavailable(
+                f"shard {self._name}: {broken.strerror}", hint="look at its data directory"
+            ) from broken
+
+    def _without(self, request: SearchRequest) -> ShardAnswer:
+        return ShardAnswer(_nothing(len(request.probes), 0), self._state())
+
+    def _state(self) -> ShardState:
+        return ShardState(self._name, 0, None, NO_PARTITIONS, refusal=self._refusal)
+
+
+def _nothing(probes: int, sequence: int) -> SearchResult:
+    none = np.empty(0, np.int64)
+    return SearchResult(np.zeros(probes + 1, np.int64), none, none.astype(np.float32), (), (), sequence)

@@ -1,0 +1,35 @@
+"""Triton's face of `matcher_service.shards.hosted`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from matcher_service.errors import MatcherError
+from matcher_service.models import hosted, hosted_tensors
+from matcher_service.shard_bootstrap import open_shard
+from matcher_service.shards import exchange, self_check
+
+
+class TritonPythonModel:
+    def initialize(self, args: dict[str, str]) -> None:
+        hosted.check_exchange(pb_utils.Tensor)
+        self_check.check_engine(pb_utils.Tensor)
+        chosen = json.loads(args["model_config"])["parameters"]
+        self._shard = open_shard(args["model_name"], {name: one["string_value"] for name, one in chosen.items()})
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request: Any) -> Any:
+        given = {name: pb_utils.get_input_tensor_by_name(request, name) for name in (*exchange.INPUTS, exchange.ASSIGN)}
+        try:
+            made = self._shard.answer({name: one.as_numpy() for name, one in given.items() if one is not None})
+        except MatcherError as error:
+            return hosted_tensors.refusal(pb_utils, error)
+        return hosted_tensors.named(pb_utils, made)
+
+    def finalize(self) -> None:
+        self._shard.close()
