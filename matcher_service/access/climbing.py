@@ -2,10 +2,9 @@
 
 Whoever sees the score of each try can rebuild a face from nothing, by keeping what scores higher. It shows in what
 the service discloses, so nothing else need be looked at: one credential's candidates of one subject, counted in
-blocks of BLOCK. Of each block only the best score is kept, in bands of BAND. Scores of a person who stands, or passes
-by, have no such order: with exchangeable blocks, RISES records in a row have a chance of 1 in RISES!, 1 in 40,320.
-A person who walks towards a camera climbs too, but for less long: RISES blocks are 144 alerts on one subject, each
-block better than the one before by a band.
+blocks of BLOCK. Of each block only the best score is kept, in bands of BAND. A climb is RISES new peaks of these
+blocks without a fall by more than FALL bands in between. The scores of a person who stands fall back as often as they
+rise; who walks towards a camera climbs, but not for 144 alerts and more.
 
 Only candidates are counted, never a probe that found nobody, and never a template (law 6).
 """
@@ -21,6 +20,7 @@ from matcher_service.terms import Candidate
 BLOCK = 16
 BAND = 0.02
 RISES = 8
+FALL = 1
 RUNS_MAX = 4096
 # A pause as long as this ends a run.
 RUN_ENDS_S = 900.0
@@ -28,12 +28,12 @@ COOL_DOWN_S = 300.0
 
 
 class _Run:
-    __slots__ = ("best", "count", "level", "rises", "used_at")
+    __slots__ = ("best", "count", "peak", "rises", "used_at")
 
     def __init__(self, now: float) -> None:
         self.count = 0
         self.best = -2.0
-        self.level: int | None = None
+        self.peak: int | None = None
         self.rises = 0
         self.used_at = now
 
@@ -82,8 +82,11 @@ class Climbing:
         if run.count < BLOCK:
             return False
         level = int(run.best // BAND)
-        run.rises = run.rises + 1 if run.level is not None and level > run.level else 0
-        run.level, run.count, run.best = level, 0, -2.0
+        run.count, run.best = 0, -2.0
+        if run.peak is None or level < run.peak - FALL:
+            run.peak, run.rises = level, 0
+        elif level > run.peak:
+            run.peak, run.rises = level, run.rises + 1
         if run.rises < RISES:
             return False
         run.rises = 0

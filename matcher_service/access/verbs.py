@@ -38,6 +38,8 @@ HTTP_VERBS: Mapping[str, frozenset[Scope]] = {
     "withdraw_reference": _only(MANAGER),
     "describe_subject": _only(MANAGER),
     "withdraw_subject": _only(MANAGER),
+    "end_ground": _only(MANAGER),
+    "review_reference": _only(MANAGER),
     # galleries and template spaces
     "create_gallery": _only(MANAGER),
     "list_galleries": _WHO_RUN_SEARCHES,
@@ -46,6 +48,7 @@ HTTP_VERBS: Mapping[str, frozenset[Scope]] = {
     "delete_gallery": _only(MANAGER),
     "list_watchlists": _WHO_RUN_SEARCHES,
     "describe_watchlist": _WHO_RUN_SEARCHES,
+    "approve_watchlist": _only(OFFICER),
     "register_space": _only(MANAGER),
     "list_spaces": _EVERYONE,
     "describe_space": _EVERYONE,
@@ -71,7 +74,15 @@ HTTP_VERBS: Mapping[str, frozenset[Scope]] = {
     "exchange_token": _only(Scope.TOKEN_EXCHANGE),
     # records
     "list_alerts": _only(OPERATOR, ADJUDICATOR, AUDITOR),
+    "stream_alerts": _only(EDGE, OPERATOR, ADJUDICATOR),
+    "describe_alert": _only(OPERATOR, ADJUDICATOR, AUDITOR),
+    "adjudicate_alert": _only(ADJUDICATOR),
     "list_audit": _only(AUDITOR),
+    "list_checkpoints": _only(AUDITOR),
+    "make_checkpoint": _only(AUDITOR),
+    "prove_inclusion": _only(AUDITOR),
+    "prove_consistency": _only(AUDITOR),
+    "rotate_key": _only(AUDITOR),
     # operation; open on loopback
     "metrics": _only(SRE),
     "live": _EVERYONE,
