@@ -1,0 +1,108 @@
+"""How far an int8 product may stray from the score, and the integer cut-off that loses no row.
+
+A row x is held as int8 codes c with one scale s: x = s c + e. A probe q is coded alike, with a scale of its own:
+q = r p + f. Both codes are integers in [-127, 127]. As <q, x> = <q, e> + <f, s c> + r s <p, c>, Cauchy and Schwarz give
+
+    |<q, x> - r s <p, c>|  <=  |q| |e| + |f| |s c|.
+
+The sum <p, c> of d products is at most 127^2 d in magnitude, below 2^31 for d < 133,000: exact in int32, in
+whatever order the tensor cores add. So the only errors are the two of coding, which are measured and not
+estimated, and the roundings of what is computed here and of the score itself:
+
+- A score is fl32(fl64(<q, x>)), see `score.py`. With |x| <= |s c| + |e|, u = 2^-24 and d 2^-53 <= 2^-39 for d <= 2^14,
+  a score of at least t means  <q, x>  >=  t - (u + 2^-38) |q| (|s c| + |e|) - 2^-149 ; the last term is half of the
+  smallest float32 number, for scores that round up from below it.
+- The lengths |q|, |f|, |e|, |s c| are float64 square roots of sums of d squares, in any order: each is too small
+  by a factor of at most 1 - d 2^-53 - 3 * 2^-53. s and r are float32 numbers, so s c and r p (31 bits) are exact
+  in float64; x and q have at most 24 bits, and each difference is rounded once, by 2^-53 of itself. Multiplying
+  each length by `_UP` = 1 + 2^-36 makes it an upper bound.
+- The cut-off is the least integer k for which a row with <p, c> < k cannot have a score of t or more. It is
+  ceil((t - b) / (r s)), b the sum of the bounds above, in float64 with four roundings of 2^-53 relative to
+  (|t| + b) / (r s); 2^-40 of that is taken off before rounding up.
+
+A withdrawn row has the codes 0 and the sum 0: it is below every cut-off of 1 and more. A probe with a cut-off
+below 1 in some group of rows is not served by the filter there; it is scanned in full.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from matcher_service.terms import Float32, Float64
+
+CODE_MAX = 127
+DIMENSION_MAX = 1 << 14
+CUT_OFF_MAX = 2**31 - 1
+_UP = 1 + 2.0**-36
+_TINY = 2.0**-149
+_SCORE = 2.0**-24 + 2.0**-38
+_SLACK = 2.0**-40
+
+
+class Law(NamedTuple):
+    """What is known of the codes of a group of rows: their `scale` (a float32 number), the largest length of an
+    `error` e and of a decoded row s c (`reach`), both rounded up."""
+
+    scale: float
+    error: float
+    reach: float
+
+
+NO_ROWS = Law(1.0, 0.0, 0.0)
+
+
+class CodedProbes(NamedTuple):
+    """n probes as int8: `codes` int8 [n, d], `scales` float64 [n] (float32 numbers; 0: the probe has no codes),
+    and upper bounds of their lengths and of their coding errors, float64 [n]."""
+
+    codes: NDArray[np.int8]
+    scales: Float64
+    lengths: Float64
+    errors: Float64
+
+
+def upper(lengths: Float64) -> Float64:
+    """Upper bounds for computed lengths; see above."""
+    return np.asarray(lengths * _UP)
+
+
+def code_probes(probes: Float32) -> CodedProbes:
+    """Codes of `probes`, float32 [n, d], each on the scale of its largest value. A probe of zeros or of what is
+    no number has none."""
+    wide = probes.astype(np.float64)
+    largest = np.abs(wide).max(axis=1, initial=0.0)
+    scales = (largest / CODE_MAX).astype(np.float32).astype(np.float64)
+    # Below 2^-100 float32 scales lose bits; nothing that small is a template.
+    coded = np.isfinite(scales) & (scales > 2.0**-100)
+    scales = np.where(coded, scales, 0.0)
+    divisors = np.where(coded, scales, 1.0)[:, None]
+    codes = np.where(coded[:, None], np.clip(np.rint(wide / divisors), -CODE_MAX, CODE_MAX), 0.0)
+    wide = np.where(coded[:, None], wide, 0.0)
+    return CodedProbes(
+        codes.astype(np.int8), scales, upper(_lengths(wide)), upper(_lengths(wide - codes * scales[:, None]))
+    )
+
+
+def cut_offs(probes: CodedProbes, floors: Float32, laws: list[Law]) -> NDArray[np.int32]:
+    """The integer cut-off of each probe in each of g groups of rows, int32 [g, n]; 0: not served there.
+
+    `floors` float32 [n, g]. A row of the group whose score reaches the floor has a sum that reaches the cut-off.
+    """
+    scale, error, reach = (np.array([law[column] for law in laws])[:, None] for column in range(3))
+    floor = floors.T.astype(np.float64)
+    length, strayed = probes.lengths[None, :], probes.errors[None, :]
+    bound = (length * error + strayed * reach + _SCORE * length * (reach + error)) * _UP + _TINY
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        unit = probes.scales[None, :] * scale
+        least = np.ceil((floor - bound) / unit - _SLACK * (np.abs(floor) + bound) / unit)
+    # An endless floor is above every score; a slack of the same size must not make it no number.
+    least = np.where(floor == np.inf, CUT_OFF_MAX, least)
+    served = (probes.scales > 0)[None, :] & (least >= 1)
+    return np.where(served, np.minimum(np.where(served, least, 0), CUT_OFF_MAX), 0).astype(np.int32)
+
+
+def _lengths(rows: Float64) -> Float64:
+    return np.asarray(np.sqrt(np.add.reduce(rows * rows, axis=1)))
