@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 CORES := $(shell nproc 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cluster test-long test-ops ops-files lint bench bench-search bench-soak wire clean
+.PHONY: help demo test test-cluster cluster-demo bench-cluster test-long test-ops ops-files lint bench bench-search bench-soak wire clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -57,6 +57,12 @@ test: $(VENV)/.dev  ## lint, types and the default tests
 
 test-cluster: $(VENV)/.cluster  ## the tests on a real Triton server, which is set up in .venv-triton
 	@$(BIN)/python -m pytest -m cluster tests/contract tests/cluster
+
+cluster-demo: $(VENV)/.cluster  ## a cluster loses a server: what changes and what does not; needs PostgreSQL 15 or newer
+	@$(BIN)/python -m benchmarks.cluster_demo
+
+bench-cluster: $(VENV)/.cluster  ## the search through gateway and Triton beside the same engine in process
+	@$(BIN)/python -m benchmarks.cluster
 
 test-long: $(VENV)/.dev  ## the long forms: crash loops, state machines
 	@$(BIN)/python -m pytest -m slow
