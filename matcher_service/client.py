@@ -7,14 +7,16 @@
 Streams reconnect by themselves, with exponential backoff and full jitter. At most
 `in_flight_messages_max` messages are unanswered at a time; after a break they are sent again. Every probe
 and every reference taken from the caller gets exactly one answer. A probe that is sent again after a break
-may already have raised its alert: the alert is then recorded twice, and answered once.
+may already have raised its alert: it is then found under the same alert id, and recorded once.
 """
 
 from __future__ import annotations
 
 import asyncio
 import ipaddress
+import itertools
 import random
+import secrets
 import time
 import uuid
 from collections.abc import (
@@ -24,6 +26,7 @@ from collections.abc import (
     Awaitable,
     Callable,
     Iterable,
+    Iterator,
     Mapping,
     Sequence,
 )
@@ -87,7 +90,8 @@ class Probes:
     `captured_at_ms`: milliseconds since 1970-01-01T00:00:00Z, one per probe. Exactly one of `deployment_id`
     and `case_reference`. `gallery_ids` empty: all that the authority allows. `threshold` may only raise
     the galleries'. `deadline_s` None: the client's default; it counts from when the message is taken.
-    `message_id` is the caller's own and comes back with each answer. Raises InvalidInput for lengths that
+    `message_id` is the caller's own and comes back with each answer. `camera_id` where the deployment names its
+    cameras. Raises InvalidInput for lengths that
     do not agree, a repeated probe_id, or not exactly one authority.
     """
 
@@ -104,6 +108,7 @@ class Probes:
     deadline_s: float | None = None
     message_id: str = ""
     traceparent: str = ""
+    camera_id: str = ""
 
     def __post_init__(self) -> None:
         _check_rows(self.templates, self.space, len(self.probe_ids))
@@ -302,8 +307,8 @@ class MatcherClient:
     """An async client; use as an async context manager within one event loop.
 
     `address` is host:port. Without `tls` it talks in clear and refuses any address but loopback, because
-    the token would be read on the way. `deadline_s` holds for a message of probes, `enrol_deadline_s` for
-    one of references. `rng` is for the jitter.
+    the token would be read on the way. `token` "": the client certificate of `tls` is the credential.
+    `deadline_s` holds for a message of probes, `enrol_deadline_s` for one of references. `rng` is for the jitter.
     """
 
     def __init__(
@@ -329,7 +334,11 @@ class MatcherClient:
             raise InvalidInput("must be at least 1", field="in_flight_messages_max", hint="16 suits most edges")
         self.address = address
         self.counts = StreamCounts()
-        self._metadata = (("authorization", f"Bearer {token}"),)
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        # Every sending has a number under one nonce, whatever becomes of the connections: none is accepted twice,
+        # and what is sent again after a break is known for the same probe.
+        self._nonce = secrets.token_bytes(16)
+        self._sendings = itertools.count(1)
         self._tls = tls
         self._in_flight_messages_max = in_flight_messages_max
         self._message_bytes_max = message_bytes_max
@@ -363,7 +372,7 @@ class MatcherClient:
 
         Raises the error of the refusal (errors.py, by cause), DeadlineExceeded, or Unreachable.
         """
-        dialogue = _Identify(self._metadata, self._deadline_s)
+        dialogue = self._identifying()
         rows = range(len(probes.probe_ids))
 
         async def once(stub: Any, remaining_s: float) -> IdentifyReply:
@@ -385,7 +394,10 @@ class MatcherClient:
         what `messages` raised, or the error that ended the stream for good (Unauthenticated, Forbidden …),
         each after the answers of all probes taken.
         """
-        return self._stream(_Identify(self._metadata, self._deadline_s), messages)
+        return self._stream(self._identifying(), messages)
+
+    def _identifying(self) -> _Identify:
+        return _Identify(self._metadata, self._deadline_s, self._nonce, self._sendings)
 
     # --- enrol and withdraw ----------------------------------------------------------------------------
 
@@ -606,6 +618,8 @@ class _Identify:
 
     metadata: tuple[tuple[str, str], ...]
     default_deadline_s: float
+    nonce: bytes
+    sendings: Iterator[int]
 
     def open(self, channel: grpc.aio.Channel) -> Any:
         return _stub(channel).IdentifyStream(metadata=self.metadata)
@@ -631,6 +645,9 @@ class _Identify:
             deadline_ms=min(DEADLINE_MS_MAX, max(1, round(remaining_s * 1000))),
             message_id=wire_id,
             traceparent=question.traceparent,
+            camera_id=question.camera_id,
+            stream_nonce=self.nonce,
+            stream_sequence=next(self.sendings),
         )
         if question.deployment_id:
             request.deployment_id = question.deployment_id
@@ -810,7 +827,15 @@ def _space_value(space: pb.TemplateSpace) -> SpaceId:
 
 
 def candidate_value(wire: pb.Candidate) -> Candidate:
-    return Candidate(wire.subject_id, wire.reference_id, wire.gallery_id, wire.score, wire.rank, wire.false_match_rate)
+    return Candidate(
+        wire.subject_id,
+        wire.reference_id,
+        wire.gallery_id,
+        wire.score,
+        wire.rank,
+        wire.false_match_rate,
+        wire.score_step,
+    )
 
 
 def decision_value(wire: pb.Decision) -> Decision:
@@ -885,6 +910,8 @@ _ERROR_OF_CAUSE: dict[Cause, type[MatcherError]] = {
     Cause.GONE: errors.Gone,
     Cause.EXPIRED: errors.Gone,
     Cause.STALE_PROBE: errors.StaleProbe,
+    Cause.REPLAYED: errors.Conflict,
+    Cause.COOLING_DOWN: errors.Overloaded,
     Cause.DEADLINE: errors.DeadlineExceeded,
     Cause.OVERLOADED: errors.Overloaded,
     Cause.SHUTTING_DOWN: errors.ShuttingDown,
@@ -893,6 +920,7 @@ _ERROR_OF_CAUSE: dict[Cause, type[MatcherError]] = {
     Cause.SHARD_UNAVAILABLE: errors.ShardUnavailable,
     Cause.MODELS_UNAVAILABLE: errors.ModelsUnavailable,
     Cause.REPLAY_BEHIND: errors.ReplayBehind,
+    Cause.IDENTITY_UNAVAILABLE: errors.ServiceFault,
     Cause.MEMORY_REFUSED: errors.MemoryRefused,
     Cause.INTERNAL: errors.ServiceFault,
 }

@@ -4,7 +4,8 @@ Whoever sees the score of each try can rebuild a face from nothing, by keeping w
 the service discloses, so nothing else need be looked at: one credential's candidates of one subject, counted in
 blocks of BLOCK. Of each block only the best score is kept, in bands of BAND. A climb is RISES new peaks of these
 blocks without a fall by more than FALL bands in between. The scores of a person who stands fall back as often as they
-rise; who walks towards a camera climbs, but not for 144 alerts and more.
+rise; who walks towards a camera climbs, but not for 176 alerts and more.
+Far steps hide a climb, and make it slow: bands (`bands`) come first, this comes second.
 
 Only candidates are counted, never a probe that found nobody, and never a template (law 6).
 """
@@ -19,12 +20,12 @@ from matcher_service.terms import Candidate
 
 BLOCK = 16
 BAND = 0.02
-RISES = 8
+RISES = 10
 FALL = 1
 RUNS_MAX = 4096
 # A pause as long as this ends a run.
 RUN_ENDS_S = 900.0
-COOL_DOWN_S = 300.0
+COOL_DOWN_S = 120.0
 
 
 class _Run:

@@ -170,13 +170,13 @@ def test_people_who_stand_or_walk_by_are_not_taken_for_a_climb() -> None:
 def test_a_pause_ends_a_run_and_a_cool_down_ends() -> None:
     clock = FakeClock()
     climbing = Climbing(clock)
-    for block in range(7):
+    for block in range(9):
         for _ in range(BLOCK):
-            assert not climbing.note("van", [candidate(0.5 + 0.03 * block)])
+            assert not climbing.note("van", [candidate(0.4 + 0.03 * block)])
     clock.advance(1000)
-    for block in range(8):
+    for block in range(10):
         for _ in range(BLOCK):
-            assert not climbing.note("van", [candidate(0.5 + 0.03 * block)])
+            assert not climbing.note("van", [candidate(0.4 + 0.03 * block)])
     assert any([climbing.note("van", [candidate(0.8)]) for _ in range(BLOCK)])
     assert climbing.cooling_s("van") == COOL_DOWN_S
     clock.advance(COOL_DOWN_S)
