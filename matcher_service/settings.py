@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
@@ -93,6 +93,11 @@ class IndexSettings(Section):
     memory_bytes_max: int = Field(0, ge=0, description="Budget of the index; 0: 70% of the machine's memory.")
     segment_rows_max: int = Field(1_000_000, ge=1000, description="Rows at which a segment is sealed.")
     threads: int = Field(0, ge=0, description="Threads of a search; 0: all cores.")
+    scanner: Literal["cpu", "gpu", "gpu-faiss"] = Field(
+        "cpu", description="What filters: the CPU, a GPU's int8 kernel, or FAISS on a GPU where that cannot run."
+    )
+    gpu_devices: tuple[str, ...] = Field((), description="Which GPUs, like cuda:0; empty: all of the machine.")
+    gpu_bytes_max: int = Field(0, ge=0, description="Memory of each GPU for codes; 0: 90% of what is free at start.")
 
 
 class AccessSettings(Section):

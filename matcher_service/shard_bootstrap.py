@@ -125,7 +125,7 @@ def _opening(name: str, settings: ShardSettings) -> Opening:
     clock = UnsuspendedClock()
     # Of these a shard that only reads uses nothing.
     storage = StorageSettings()  # type: ignore[call-arg]
-    index = IndexSettings(
+    index = IndexSettings(  # type: ignore[call-arg]
         memory_bytes_max=settings.memory_bytes_max,
         segment_rows_max=settings.segment_rows_max,
         threads=settings.threads,

@@ -8,6 +8,8 @@ serving the searches that hold it.
 from __future__ import annotations
 
 import threading
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
@@ -19,7 +21,7 @@ from matcher_service.errors import DataDamaged, MemoryRefused
 from matcher_service.index.compaction import CompactionBudget, SegmentSize, to_rewrite
 from matcher_service.index.memory import ROW_BYTES
 from matcher_service.index.rows import Float16, id_hashes, joined
-from matcher_service.index.scanner import Scanner
+from matcher_service.index.scanner import Ending, Growing, Scanner, ending_of
 from matcher_service.index.search import GalleryView, View, search
 from matcher_service.index.segment import LIVE, Segment, Tail
 from matcher_service.terms import EnrolRun, EntryKind, Int64, LogEntry, SearchRequest, SearchResult, ShardStatus
@@ -39,6 +41,10 @@ class BuildScanner(Protocol):
 
 
 DimensionOf = Callable[[LogEntry], int]
+
+
+def _no_device(dimension: int) -> Growing | None:
+    return None
 
 
 class Erased(NamedTuple):
@@ -61,9 +67,9 @@ class GalleryState:
     held_sequence: int = 0
     rebuilding: bool = False
 
-    def open_tail(self) -> Tail:
+    def open_tail(self, growing_of: Callable[[int], Growing | None]) -> Tail:
         if self.tail is None:
-            self.tail = Tail(self.dimension)
+            self.tail = Tail(self.dimension, growing_of(self.dimension))
         return self.tail
 
     def view(self) -> GalleryView:
@@ -86,7 +92,8 @@ class Snapshot(NamedTuple):
 
 class Engine:
     """`build` makes the scanner of a segment from its stored rows; `dimension_of` reads a GALLERY_CREATED
-    entry. Sizes are in rows, the memory budget in bytes."""
+    entry; `growing_of` gives a device for the rows of an open tail, by their dimension, or None. Sizes are in rows,
+    the memory budget in bytes."""
 
     def __init__(
         self,
@@ -96,9 +103,11 @@ class Engine:
         segment_rows_max: int,
         memory_bytes_max: int,
         tail_rows_max: int = TAIL_ROWS_MAX,
+        growing_of: Callable[[int], Growing | None] = _no_device,
     ) -> None:
         self._build = build
         self._dimension_of = dimension_of
+        self._growing_of = growing_of
         self._segment_rows_max = segment_rows_max
         self._memory_bytes_max = memory_bytes_max
         self._tail_rows_max = min(tail_rows_max, segment_rows_max)
@@ -111,6 +120,10 @@ class Engine:
         self._changed = False
         self._rows_added = 0
         self._view = View(0, {})
+        # Rows ended since the last publication; earlier views that may still be looked at, with those that ended
+        # when each was replaced.
+        self._ended: list[tuple[Ending, int]] = []
+        self._outdated: deque[tuple[weakref.ref[View], list[tuple[Ending, int]]]] = deque()
 
     def restore(self, sequence: int, galleries: Mapping[str, GalleryState], damaged: Mapping[str, int]) -> None:
         """Start from what files held as of `sequence`; once, before anything else.
@@ -237,7 +250,7 @@ class Engine:
         self._require_room(run.templates.nbytes + names + len(run) * ROW_BYTES)
         state = self._states[run.gallery_id]
         while len(run):
-            tail = state.open_tail()
+            tail = state.open_tail(self._growing_of)
             some = run[: min(self._tail_rows_max - tail.rows, _ENTRIES_AT_ONCE)]
             tail.append(
                 some.templates,
@@ -295,7 +308,7 @@ class Engine:
             enrolled.pop(reference, None)
             if entry.kind == EntryKind.ENROL and entry.template is not None:
                 enrolled[reference] = entry
-        tail = state.open_tail()
+        tail = state.open_tail(self._growing_of)
         elsewhere: list[bytes] = []
         for reference, entry in ended.items():
             row = tail.row_of.get(reference)
@@ -303,6 +316,7 @@ class Engine:
                 elsewhere.append(reference)
             else:
                 tail.end(row, entry.sequence, entry.at_ms)
+                self._note_end(tail.growing, row)
         if elsewhere and state.segments:
             hashes = id_hashes(elsewhere)
             for segment in state.segments:
@@ -312,6 +326,7 @@ class Engine:
                     if segment.is_live(row) and segment.reference_id(row) == reference:
                         entry = ended[reference]
                         segment.end(row, entry.sequence, entry.at_ms)
+                        self._note_end(segment.scanner, row)
         if enrolled:
             _append(tail, list(enrolled), list(enrolled.values()))
             self._rows_added += len(enrolled)
@@ -352,7 +367,27 @@ class Engine:
             else:
                 galleries[gallery_id] = state.view()
                 self._bytes[gallery_id] = state.bytes_in_memory()
+        ended, self._ended = self._ended, []
+        self._outdated.append((weakref.ref(self._view), ended))
         self._view = View(sequence, galleries)
+        while self._outdated and not self._outdated[0][1] and self._outdated[0][0]() is None:
+            self._outdated.popleft()
+
+    def _note_end(self, holder: object, row: int) -> None:
+        ending = ending_of(holder)
+        if ending is not None:
+            self._ended.append((ending, row))
+
+    def erase_ended(self) -> None:
+        """Have devices erase the codes of rows that have ended, as soon as no search can look at a view that shows
+        them. Called by one thread at a time."""
+        due: dict[int, tuple[Ending, list[int]]] = {}
+        with self._writing:
+            while self._outdated and self._outdated[0][0]() is None:
+                for ending, row in self._outdated.popleft()[1]:
+                    due.setdefault(id(ending), (ending, []))[1].append(row)
+        for ending, rows in due.values():
+            ending.end(np.array(rows, np.int64))
 
     # --- what is held, as a whole ------------------------------------------------------------------
 

@@ -6,7 +6,8 @@ are the engine's. Its `scan` is exact; its `guess` is only a good start.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,3 +39,40 @@ class Scanner(Protocol):
         ...
 
     def bytes_in_memory(self) -> int: ...
+
+
+class Together(Protocol):
+    """What scans many segments for little more than one: a device that holds them all. Its scanners name it as
+    their attribute `together`."""
+
+    def scan_all(self, scanners: Sequence[Any], probes: Float32, floors: Float32) -> list[Hits]:
+        """What each of its scanners would give by itself; `floors` float32 [n, number of scanners]."""
+        ...
+
+
+def together_of(scanner: Scanner) -> Together | None:
+    """What scans the scanner's rows together with others', if anything does."""
+    return getattr(scanner, "together", None)
+
+
+class Growing(Protocol):
+    """A device that takes rows as they come in and scans them without their being copied again."""
+
+    def append(self, stored: NDArray[np.float16]) -> None:
+        """Append m rows, float16 [m, d]; seen by no scanner given before."""
+        ...
+
+    def view(self, stored: NDArray[np.float16], whole: Scanner) -> Scanner:
+        """A scanner of the rows so far, `stored` float16 [n, d]; `whole` scans them in full."""
+        ...
+
+
+class Ending(Protocol):
+    """A scanner, or a Growing, that erases what it holds of rows which no view shows any more."""
+
+    def end(self, rows: Int64) -> None: ...
+
+
+def ending_of(holder: object) -> Ending | None:
+    """The holder, if it is one of these."""
+    return holder if callable(getattr(holder, "end", None)) else None  # type: ignore[return-value]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from matcher_service.errors import StartRefused
 from matcher_service.index.choose import worth_codes
 from matcher_service.index.codes import blocks_for
 from matcher_service.index.fastscan import FastScanScanners, build_fastscan
-from matcher_service.index.scanner import Scanner
+from matcher_service.index.scanner import Growing, Scanner
+from matcher_service.settings import IndexSettings
 
 # Coordinates for each 4-bit code where time is short: one middle rate serves most floors, and encoding takes
 # 20 us a row at 512 dimensions instead of 34 for the two rates that serve them best.
@@ -34,6 +37,14 @@ class Scanners(Protocol):
         """The scanner that had these arrays. Raises DataDamaged if they make no sense."""
         ...
 
+    def growing(self, dimension: int) -> Growing | None:
+        """A device for rows that keep coming in; None: they are scanned in full."""
+        ...
+
+    def tend(self) -> bool:
+        """One bounded round of upkeep of its own, and whether there is more to do at once."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -45,3 +56,26 @@ class BySize(FastScanScanners):
         if hurried and worth_codes(rows, dimension) and _HURRIED_BLOCK in blocks_for(dimension):
             return build_fastscan(stored, (_HURRIED_BLOCK,))
         return super().build(stored)
+
+    def growing(self, dimension: int) -> Growing | None:
+        return None
+
+    def tend(self) -> bool:
+        return False
+
+
+def scanners_for(settings: IndexSettings) -> Scanners:
+    """The scanners that the settings choose. Raises StartRefused if this machine cannot have them."""
+    cpu = BySize(settings.threads or len(os.sched_getaffinity(0)))
+    if settings.scanner == "cpu":
+        return cpu
+    try:
+        # Imported here, because only the extra `gpu` brings what it needs.
+        from matcher_service.index.gpu.opening import open_gpu_scanners
+    except ImportError as error:
+        raise StartRefused(
+            f"the GPU scanner needs {error.name}",
+            field="index.scanner",
+            hint="install the extra `gpu` on a machine with a GPU, or set it to cpu",
+        ) from error
+    return open_gpu_scanners(settings, cpu)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from matcher_service.errors import InvalidInput
 from matcher_service.index.rows import UInt32
-from matcher_service.index.scanner import Hits
+from matcher_service.index.scanner import Hits, Together, together_of
 from matcher_service.index.segment import Part
 from matcher_service.merge import best_candidates, kth_best_scores, offsets_of, order_of
 from matcher_service.terms import Cause, Float32, Int64, SearchRequest, SearchResult
@@ -42,7 +42,7 @@ class GalleryView:
     rebuilding: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class View:
     """All galleries as of `sequence`."""
 
@@ -109,9 +109,29 @@ class _Search:
         ]
         plan.sort(key=lambda one: -one[0].rows)
         loose = self._loose_floor(sum(part.rows for part, _, _ in plan))
+        if bool((request.floors[:, [number for _, number, _ in plan]] >= loose).all()):
+            plan = self._scan_together(plan)
         for part, number, sequence in plan:
             floors = np.ascontiguousarray(request.floors[:, number], np.float32)
             self._scan(part, number, sequence, floors, floors < loose)
+
+    def _scan_together(self, plan: list[tuple[Part, int, int]]) -> list[tuple[Part, int, int]]:
+        """Scan the parts that share a device in one go; the others are left to do."""
+        left: list[tuple[Part, int, int]] = []
+        shared: dict[int, tuple[Together, list[tuple[Part, int, int]]]] = {}
+        for one in plan:
+            together = together_of(one[0].scanner)
+            if together is None:
+                left.append(one)
+            else:
+                shared.setdefault(id(together), (together, []))[1].append(one)
+        everyone = np.arange(len(self._request.probes))
+        for together, some in shared.values():
+            floors = np.ascontiguousarray(self._request.floors[:, [number for _, number, _ in some]], np.float32)
+            found = together.scan_all([part.scanner for part, _, _ in some], self._request.probes, floors)
+            for (part, number, sequence), hits in zip(some, found, strict=True):
+                self._take(part, number, sequence, hits, everyone)
+        return left
 
     def _loose_floor(self, rows: int) -> float:
         """The floor below which many more rows than wanted would come back, were the rows independent."""
@@ -137,15 +157,18 @@ class _Search:
             whole = len(chosen) == len(floors)
             probes = self._request.probes if whole else self._request.probes[chosen]
             hits = part.scanner.scan(probes, floors if whole else floors[chosen])
-            certified = int(np.count_nonzero(hits.certified))
-            self._certified += certified
-            self._scanned += len(chosen) - certified
-            table = self._live(part, number, sequence, hits, chosen)
-            if len(table.rows):
-                self._parts.append(part)
-                self._tables.append(table)
+            self._take(part, number, sequence, hits, chosen)
         if any_loose:
             self._tighten()
+
+    def _take(self, part: Part, number: int, sequence: int, hits: Hits, chosen: Int64) -> None:
+        certified = int(np.count_nonzero(hits.certified))
+        self._certified += certified
+        self._scanned += len(chosen) - certified
+        table = self._live(part, number, sequence, hits, chosen)
+        if len(table.rows):
+            self._parts.append(part)
+            self._tables.append(table)
 
     def _live(self, part: Part, number: int, sequence: int, hits: Hits, chosen: Int64) -> _Table:
         """The hits that are neither ended nor expired."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from matcher_service.index.choose import worth_codes
 from matcher_service.index.rows import Float16, HashIndex, Names, Rows, UInt32, id_hashes, joined
-from matcher_service.index.scanner import Scanner
+from matcher_service.index.scanner import Growing, Scanner
 from matcher_service.index.score import norms, widen
 from matcher_service.index.wide import WideScanner
 from matcher_service.terms import Float32, Int64
@@ -142,8 +142,9 @@ class Tail:
     """The open rows of a gallery. One writer appends and ends rows; views of it stay as they were, for the
     arrays are replaced when they are full and rows behind a view's count are not looked at."""
 
-    def __init__(self, dimension: int) -> None:
+    def __init__(self, dimension: int, growing: Growing | None = None) -> None:
         self.rows = 0
+        self.growing = growing
         self.dead = 0
         self.died_ms_min = NEVER_MS
         self.stored: Float16 = np.empty((0, dimension), np.float16)
@@ -176,6 +177,8 @@ class Tail:
         self.row_of.update(zip(references, range(start, stop), strict=True))
         self._row_norm_max = max(self._row_norm_max, float(norms(self.wide[start:stop]).max(initial=0.0)))
         self.rows = stop
+        if self.growing is not None:
+            self.growing.append(self.stored[start:stop])
 
     def _reserve(self, rows: int) -> None:
         held = len(self.stored)
@@ -194,12 +197,15 @@ class Tail:
         self.died_ms_min = min(self.died_ms_min, at_ms)
 
     def view(self) -> TailView:
+        scanner: Scanner = WideScanner(self.stored[: self.rows], self.wide[: self.rows], self._row_norm_max)
+        if self.growing is not None:
+            scanner = self.growing.view(self.stored[: self.rows], scanner)
         return TailView(
             rows=self.rows,
             died_at=self.died_at,
             expires_at_ms=self.expires_at_ms,
             subject_hashes=self.subject_hashes,
-            scanner=WideScanner(self.stored[: self.rows], self.wide[: self.rows], self._row_norm_max),
+            scanner=scanner,
             references=self.references,
             subjects=self.subjects,
         )

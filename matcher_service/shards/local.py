@@ -8,7 +8,6 @@ lock, and everything would wait for it.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from matcher_service.index.disk import Disk
 from matcher_service.index.engine import Engine, Erased
 from matcher_service.index.fastscan import one_thread
 from matcher_service.index.memory import budget_bytes
-from matcher_service.index.scanners import BySize, Scanners
+from matcher_service.index.scanners import Scanners, scanners_for
 from matcher_service.index.search import View
 from matcher_service.index.snapshots import Key, Snapshots
 from matcher_service.records import decode_gallery
@@ -125,13 +124,14 @@ class LocalShard:
         `key` gives the 32-byte key of a gallery; None, or NotFound raised, where it was destroyed. Rows that
         ended leave memory and files within `erase_within_s`. Raises StartRefused if a newer release wrote them.
         """
-        opened = scanners or BySize(settings.threads or len(os.sched_getaffinity(0)))
+        opened = scanners or scanners_for(settings)
         snapshots = Snapshots(Disk(directory), key, opened)
         engine = Engine(
             build=opened.build,
             dimension_of=_dimension_of,
             segment_rows_max=settings.segment_rows_max,
             memory_bytes_max=budget_bytes(settings.memory_bytes_max),
+            growing_of=opened.growing,
         )
         restored = await asyncio.to_thread(snapshots.restore)
         engine.restore(restored.sequence, restored.galleries, restored.damaged)
@@ -189,6 +189,8 @@ class LocalShard:
         took = self._clock.monotonic() - now
         if rows >= REWRITE_ROWS_MIN and took > 0:
             self._rewrite_rows_per_s = rows / took
+        self._engine.erase_ended()
+        more = self._scanners.tend()
         entries = self._engine.sequence - self._snapshot_sequence
         due = entries >= SNAPSHOT_ENTRIES or now - self._snapshot_at >= SNAPSHOT_S
         erased: tuple[Erased, ...] = ()
@@ -199,7 +201,7 @@ class LocalShard:
             except OSError as error:
                 # The log is the truth: nothing is lost, but a restart replays more and erasure waits.
                 _log.error("index_files_not_written", detail=str(error), hint="free space in the data directory")
-        return Upkeep(rows > 0, erased, self._clock.wall_ms())
+        return Upkeep(more or rows > 0, erased, self._clock.wall_ms())
 
     def _write_files(self) -> tuple[Erased, ...] | None:
         snapshot = self._engine.snapshot()

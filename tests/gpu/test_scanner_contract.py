@@ -20,7 +20,7 @@ def make(request: pytest.FixtureRequest) -> Iterator[Callable[[np.ndarray], Scan
 
     def appended(stored: np.ndarray) -> Scanner:
         """Rows that came in three times."""
-        tail = scanners.tail(stored.shape[1])
+        tail = scanners.growing(stored.shape[1])
         assert tail is not None
         for some in np.array_split(stored, 3):
             tail.append(some)

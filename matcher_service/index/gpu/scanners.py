@@ -80,8 +80,7 @@ class GpuScanners:
             self._scanners.add(scanner)
         return scanner
 
-    def tail(self, dimension: int) -> GpuTail | None:
-        """A place for rows that keep coming; None if no device works."""
+    def growing(self, dimension: int) -> GpuTail | None:
         for filter_ in self._by_room():
             return GpuTail(filter_, Placed(filter_.pool, dimension, usual_scale(dimension)), self)
         return None
