@@ -41,9 +41,11 @@ from matcher_service.terms import (
     EndCase,
     EndDeployment,
     Enrol,
+    EnrolRows,
     EntryKind,
     Gallery,
     GalleryKind,
+    LogEntry,
     Receipt,
     RegisterSpace,
     ScoreTable,
@@ -816,3 +818,152 @@ async def test_closing_finishes_what_was_accepted(stocked: World) -> None:
     await stocked.reopen()
     assert sorted(receipt.sequence for receipt in receipts) == list(range(4, 54))
     assert len(await stocked.log.references("custody", "", 100)) == 50
+
+
+# --- enrolments in columns ---------------------------------------------------------------------------------
+
+
+def rows(*references: str, key: str = "", first: int = 0, **changes: object) -> EnrolRows:
+    """The same wishes as `enrol` for each reference, numbered from `first`."""
+    count = len(references)
+    templates = np.frombuffer(b"".join(template(first + row) for row in range(count)), "<f2").reshape(count, DIMENSION)
+    subjects = [f"s-{one}" for one in references]
+    made = EnrolRows("custody", references, subjects, templates, np.zeros(count, np.int64), idempotency_key=key)
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+def told(receipts: Sequence[Receipt | MatcherError]) -> list[object]:
+    return [tuple(one[:2]) if isinstance(one, Receipt) else type(one) for one in receipts]
+
+
+async def test_rows_are_enrolled_as_if_each_had_been_alone(stocked: World) -> None:
+    """Same entries, templates, references and one audit record; read from memory or from the tables."""
+    receipts = await stocked.log.enrol(rows("a", "zoë/ß 1", "人-1"), CLERK)
+    assert told(receipts) == [(WriteOutcome.ENROLLED, 4), (WriteOutcome.ENROLLED, 5), (WriteOutcome.ENROLLED, 6)]
+    in_columns = list(await stocked.log.read(3, 10))
+    held = await stocked.log.references("custody", "", 10)
+    (*_, noted) = await stocked.audited()
+    assert (noted["action"], noted["facts"]) == ("reference.enrolled", {"count": 3, "sequences": [[4, 6]]})
+    await stocked.reopen()
+    assert list(await stocked.log.read(3, 10)) == in_columns
+    await stocked.do(
+        *(enrol(f"alone-{one}", number, subject_id=f"s-{one}") for number, one in enumerate(("a", "zoë/ß 1", "人-1")))
+    )
+    alone = list(await stocked.log.read(6, 10))
+    assert [(one[1], *one[2:4], *one[5:]) for one in alone] == [(one[1], *one[2:4], *one[5:]) for one in in_columns]
+    others = await stocked.log.references("custody", "alone", 3)
+    assert [(one.subject_id, one.enrolled_at_ms, one.expires_at_ms) for one in held] == [
+        (one.subject_id, one.enrolled_at_ms, one.expires_at_ms) for one in others
+    ]
+
+
+async def test_rows_that_are_not_plain_are_judged_one_by_one_and_spoil_no_other(stocked: World) -> None:
+    await stocked.do(enrol("held"), enrol("gone"), Withdraw("custody", "gone", "x"))
+    wish = rows(
+        "new", "held", "gone", "zero\0", "late", "", expires_at_ms=np.array([0, 0, 0, 0, stocked.clock.wall_ms(), 0])
+    )
+    receipts = await stocked.log.enrol(wish, CLERK)
+    assert told(receipts) == [
+        (WriteOutcome.ENROLLED, 7),
+        Conflict,
+        (WriteOutcome.ENROLLED, 8),
+        InvalidInput,
+        Gone,
+        InvalidInput,
+    ]
+    again = await stocked.log.enrol(replace(rows("held", "other", first=3), replace=True), CLERK)
+    assert told(again) == [(WriteOutcome.REPLACED, 10), (WriteOutcome.ENROLLED, 9)]
+    assert [one.reference_id for one in await stocked.log.references("custody", "", 9)] == [
+        "gone",
+        "held",
+        "new",
+        "other",
+    ]
+    assert await stocked.log.erase(stocked.clock.wall_ms()) == 2
+    await stocked.audited()
+
+
+async def test_a_reference_that_stands_twice_in_the_rows_is_judged_in_their_order(stocked: World) -> None:
+    receipts = await stocked.log.enrol(rows("a", "b", "a"), CLERK)
+    assert told(receipts) == [(WriteOutcome.ENROLLED, 4), (WriteOutcome.ENROLLED, 5), Conflict]
+
+
+async def test_rows_for_what_is_no_gallery_or_of_another_dimension_are_refused(stocked: World) -> None:
+    for wish, kind in (
+        (rows("a", gallery_id="nowhere"), NotFound),
+        (rows("a", templates=np.ones((1, DIMENSION + 1), np.float16)), InvalidInput),
+    ):
+        assert told(await stocked.log.enrol(wish, CLERK)) == [kind]
+    assert await stocked.log.head() == 3
+    assert list(await stocked.log.enrol(rows(), CLERK)) == []
+    with pytest.raises(TooLarge):
+        await stocked.log.enrol(rows(*map(str, range(10_001))), CLERK)
+
+
+async def test_rows_repeated_with_their_key_change_nothing(stocked: World) -> None:
+    """Also after a restart, in part, and beside a row that is new; another template under the key is a conflict."""
+    first = await stocked.log.enrol(rows("a", "b", "c", key="k"), CLERK)
+    await stocked.reopen()
+    again = await stocked.log.enrol(rows("a", "b", "c", key="k"), CLERK)
+    assert told(again) == [(WriteOutcome.REPEATED, one) for one in first.sequences.tolist()]
+    assert await stocked.log.head() == 6
+    some = await stocked.log.enrol(rows("c", "d", key="k", first=2), CLERK)
+    assert told(some) == [(WriteOutcome.REPEATED, 6), (WriteOutcome.ENROLLED, 7)]
+    assert told(await stocked.log.enrol(rows("a", key="k", first=1), CLERK)) == [Conflict]
+    (alone,) = await stocked.do(enrol("b", 1, idempotency_key="k\nb"))
+    assert alone == (WriteOutcome.REPEATED, 5, ())
+    stocked.clock.step_wall(25 * HOUR_MS)
+    await stocked.do(Withdraw("custody", "a", "x"))
+    assert told(await stocked.log.enrol(rows("a", key="k", first=9), CLERK)) == [(WriteOutcome.ENROLLED, 9)]
+
+
+async def test_law_10_what_is_held_in_memory_for_replay_goes_with_what_is_erased(stocked: World) -> None:
+    """Laws 9 and 10: an erased template, or one whose key was destroyed, is read from nowhere."""
+    await stocked.log.enrol(rows("a", "b"), CLERK)
+    await stocked.do(Withdraw("custody", "a", "x"))
+    assert await stocked.log.erase(stocked.clock.wall_ms()) == 1
+    assert [entry.template for entry in await stocked.log.read(3, 2)] == [None, template(1)]
+    await stocked.log.enrol(rows("c", gallery_id="immigration"), CLERK)
+    await stocked.do(DeleteGallery("immigration", "over"))
+    assert [entry.template for entry in await stocked.log.read(6, 1)] == [None]
+
+
+async def test_law_1_rows_are_read_in_any_pieces(stocked: World) -> None:
+    """Law 1: wherever a reader stands, what follows is what the log holds next."""
+    await stocked.log.enrol(rows("a", "b", "c"), CLERK)
+    await stocked.do(Withdraw("custody", "b", "x"))
+    await stocked.log.enrol(rows("d", "e", first=3), CLERK)
+    for limit in (1, 2, 100):
+        after, found = 3, list[str]()
+        while entries := await stocked.log.read(after, limit):
+            assert len(entries) <= limit
+            found += [entry.reference_id for entry in entries]
+            after = entries[-1].sequence
+        assert found == ["a", "b", "c", "b", "d", "e"]
+
+
+async def test_the_attributes_of_rows_are_kept_beside_their_entries(stocked: World) -> None:
+    receipts = await stocked.log.enrol(rows("a", "b", attributes=(b'{"quality":1}', b"")), CLERK)
+    assert [isinstance(one, Receipt) for one in receipts] == [True, True]
+
+
+async def test_messages_of_rows_at_once_share_a_transaction_in_any_order(stocked: World) -> None:
+    """None is lost, none is given a sequence twice, and a withdrawal among them ends what it found."""
+    names = [[f"r{message}-{row}" for row in range(20)] for message in range(8)]
+    answers = await asyncio.gather(
+        *(stocked.log.enrol(rows(*some, first=20 * message), CLERK) for message, some in enumerate(names)),
+        stocked.log.append([Withdraw("custody", "r0-3", "x")], CLERK),
+        *(stocked.log.enrol(rows(*some[:5], first=20 * message), CLERK) for message, some in enumerate(names)),
+    )
+    sequences = [one.sequence for answer in answers for one in answer if isinstance(one, Receipt)]
+    assert sorted(sequences) == list(range(4, 4 + len(sequences)))
+    newest: dict[str, LogEntry] = {}
+    after = 3
+    while entries := await stocked.log.read(after, 1000):
+        newest |= {entry.reference_id: entry for entry in entries}
+        after = entries[-1].sequence
+    assert after == await stocked.log.head()
+    assert {one.reference_id: one.sequence for one in await stocked.log.references("custody", "", 1000)} == {
+        name: entry.sequence for name, entry in newest.items() if entry.kind is EntryKind.ENROL
+    }
+    await stocked.audited()

@@ -23,7 +23,7 @@ from matcher_service.index.engine import Engine
 from matcher_service.index.scanners import BySize
 from matcher_service.index.snapshots import Snapshots, read_rows
 from matcher_service.records import decode_gallery
-from matcher_service.terms import LogEntry, SearchRequest
+from matcher_service.terms import EnrolRun, EntryKind, LogEntry, SearchRequest
 from tests.faulty_disk import FaultyDisk, PowerLost
 from tests.log_writer import NOW_MS, LogWriter
 from tests.oracle import FlatOracle, same
@@ -128,6 +128,35 @@ class IndexHistory(RuleBasedStateMachine):
         entries = [self.log.enrol(gallery_id, row[0], np.array(row[1]), row[2], row[3]) for row in rows]
         entries += [self.log.withdraw(gallery_id, reference_id) for reference_id in withdrawn]
         self.apply(entries)
+
+    @rule(
+        gallery_id=galleries,
+        rows=st.lists(
+            st.tuples(references, directions, subjects, moments), min_size=1, max_size=12, unique_by=lambda row: row[0]
+        ),
+        repeated=st.integers(0, 4),
+    )
+    def enrol_in_columns(
+        self, gallery_id: str, rows: list[tuple[str, tuple[float, float, float], str, int]], repeated: int
+    ) -> None:
+        """References that are live nowhere, as one run; replay may give some of it again."""
+        latest = {(one.gallery_id, one.reference_id): one.kind for one in self.log.entries}
+        fresh = [row for row in rows if latest.get((gallery_id, row[0])) is not EntryKind.ENROL]
+        if gallery_id not in self.created or not fresh:
+            return
+        entries = [self.log.enrol(gallery_id, row[0], np.array(row[1]), row[2], row[3]) for row in fresh]
+        run = EnrolRun(
+            entries[0].sequence,
+            entries[0].at_ms,
+            gallery_id,
+            [row[0] for row in fresh],
+            [row[2] for row in fresh],
+            np.array([row[1] for row in fresh], np.float16),
+            np.array([row[3] for row in fresh], np.int64),
+        )
+        self.engine.apply(run[:repeated])
+        self.engine.apply(run)
+        self.oracle.apply_now(entries)
 
     @rule(gallery_id=galleries, reference_id=references)
     def withdraw(self, gallery_id: str, reference_id: str) -> None:

@@ -23,6 +23,7 @@ from matcher_service.terms import (
     CreateGallery,
     DeleteGallery,
     Enrol,
+    EnrolRows,
     EntryKind,
     Gallery,
     GalleryKind,
@@ -151,6 +152,7 @@ class Model:
 
 REFERENCES = st.sampled_from(["r1", "r2", "r3"])
 SUBJECTS = st.sampled_from(["s1", "s2"])
+EXPIRIES = st.sampled_from([0, 0, -5000, 5000, 50_000, 10**9])
 TEMPLATES = st.sampled_from([b"\0\0\0\x3c", b"\0\x3c\0\0"])
 
 
@@ -183,7 +185,7 @@ class LogAgainstModel(RuleBasedStateMachine):
 
     @staticmethod
     def created(gallery_id: str) -> CreateGallery:
-        return CreateGallery(Gallery(gallery_id, GalleryKind.WATCHLIST, "c", "l", "p", RETENTION_MS, SPACE, 0.5))
+        return CreateGallery(Gallery(gallery_id, GalleryKind.CUSTODY, "c", "l", "p", RETENTION_MS, SPACE, 0.5))
 
     def append(self, writes: list[Write]) -> None:
         now_ms = max(self.clock.wall_ms(), self.model.newest_ms)
@@ -196,9 +198,7 @@ class LogAgainstModel(RuleBasedStateMachine):
 
     @rule(data=st.data(), count=st.integers(1, 6))
     def write(self, data: st.DataObject, count: int) -> None:
-        expiries = st.sampled_from([0, 0, -5000, 5000, 50_000, 10**9]).map(
-            lambda after: after and self.clock.wall_ms() + after
-        )
+        expiries = EXPIRIES.map(lambda after: after and self.clock.wall_ms() + after)
         writes: st.SearchStrategy[Write] = st.one_of(
             st.builds(
                 Enrol, st.sampled_from(GALLERIES), REFERENCES, SUBJECTS, TEMPLATES, expiries, st.booleans(),
@@ -208,6 +208,33 @@ class LogAgainstModel(RuleBasedStateMachine):
             st.builds(WithdrawSubject, st.sampled_from(["", *GALLERIES]), SUBJECTS, st.just("x")),
         )  # fmt: skip
         self.append([data.draw(writes) for _ in range(count)])
+
+    @rule(
+        gallery_id=st.sampled_from(GALLERIES),
+        wishes=st.lists(st.tuples(REFERENCES, SUBJECTS, TEMPLATES, EXPIRIES), min_size=1, max_size=5),
+        replace=st.booleans(),
+        key=st.sampled_from(["", "k1"]),
+    )
+    def enrol_rows(self, gallery_id: str, wishes: list[tuple[str, str, bytes, int]], replace: bool, key: str) -> None:
+        references, subjects, templates, after = zip(*wishes, strict=True)
+        rows = EnrolRows(
+            gallery_id,
+            references,
+            subjects,
+            np.frombuffer(b"".join(templates), "<f2").reshape(-1, DIMENSION),
+            np.array([one and self.clock.wall_ms() + one for one in after], np.int64),
+            replace,
+            key,
+        )
+        head, now_ms = len(self.model.entries), max(self.clock.wall_ms(), self.model.newest_ms)
+        answers = list(self.runner.run(self.log.enrol(rows, Actor("a"))))
+        # In the order that the log gave them; what it did not take comes last.
+        new = {row: one.sequence for row, one in enumerate(answers) if isinstance(one, Receipt) and one.sequence > head}
+        for row in sorted(range(len(wishes)), key=lambda row: new.get(row, 10**9)):
+            expected, answer = self.model.apply(rows.row(row), now_ms), answers[row]
+            assert (answer if isinstance(answer, Receipt) else type(answer)) == expected, rows.row(row)
+        if len(self.model.entries) > head:
+            self.model.newest_ms = now_ms
 
     @rule(gallery_id=st.sampled_from(["g", "h"]), other=st.sampled_from(["i", "g"]))
     @precondition(lambda self: len(self.model.entries) > 12)
@@ -248,7 +275,7 @@ class LogAgainstModel(RuleBasedStateMachine):
         now_ms = max(self.clock.wall_ms(), self.model.newest_ms)
         for gallery_id in GALLERIES:
             held = self.runner.run(self.log.references(gallery_id, "", 100))
-            assert [tuple(one) for one in held] == [
+            assert [tuple(one)[:6] for one in held] == [
                 (*place, row.subject_id, row.sequence, row.enrolled_at_ms, row.expires_at_ms)
                 for place, row in sorted(self.model.rows.items())
                 if place[0] == gallery_id and row.expires_at_ms > now_ms
