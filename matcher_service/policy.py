@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from matcher_service import lawful_galleries
 from matcher_service.access import bands
 from matcher_service.catalogue import Catalogue
 from matcher_service.errors import Conflict, Forbidden, Gone, InvalidInput, MatcherError, NotFound, StaleProbe
@@ -21,6 +22,7 @@ from matcher_service.models.template_adapter import check_space
 from matcher_service.terms import (
     Actor,
     Alert,
+    ApproveWatchlist,
     Case,
     Cause,
     ChangeThreshold,
@@ -33,6 +35,7 @@ from matcher_service.terms import (
     EdgeCredential,
     EndCase,
     EndDeployment,
+    EndGround,
     Float32,
     Gallery,
     GalleryKind,
@@ -42,6 +45,7 @@ from matcher_service.terms import (
     Proposal,
     ProposalAction,
     RegisterSpace,
+    ReviewReference,
     RevokeCredential,
     Scope,
     SpaceId,
@@ -157,6 +161,16 @@ def may_see_alert(actor: Actor, alert: Alert) -> bool:
     return all(actor.has_rights_over(one.gallery_id) for one in alert.candidates)
 
 
+def require_every_gallery(actor: Actor) -> None:
+    """Raise Forbidden for who has rights over some galleries only: the audit is one chain, and shows them all."""
+    if actor.galleries is not None:
+        raise Forbidden(
+            "the audit is one chain over every gallery",
+            field="authorization",
+            hint="it takes an auditor with rights over all galleries",
+        )
+
+
 def _require_camera(message: ProbeMessage, authority: Deployment | Case) -> None:
     cameras = message.actor.cameras or (authority.cameras if isinstance(authority, Deployment) else ())
     if cameras and message.camera_id not in cameras:
@@ -187,6 +201,7 @@ def _galleries(message: ProbeMessage, authority: Deployment | Case, catalogue: C
                 hint=f"it allows {', '.join(sorted(allowed))}",
             )
         gallery = gallery_named(gallery_id, catalogue, field="gallery_ids")
+        lawful_galleries.require_approved(gallery)
         if gallery.kind is GalleryKind.IMMIGRATION and isinstance(authority, Case):
             _require_immigration_authority(authority)
         galleries.append(gallery)
@@ -381,6 +396,10 @@ def judge_change(
             if not actor.has_rights_over(write.gallery_id):
                 raise _no_gallery(write.gallery_id, "gallery_id")
             _require_two_persons(actor, "the deletion of a gallery")
+        case ApproveWatchlist() | EndGround() | ReviewReference():
+            if write.gallery_id or not isinstance(write, EndGround) or actor.galleries is not None:
+                gallery_of(actor, write.gallery_id, catalogue)
+            lawful_galleries.judge_words(write)
         case IssueCredential(credential):
             _judge_credential(credential, actor, catalogue, id_bytes_max, now_ms)
         case RevokeCredential():
@@ -605,6 +624,7 @@ def _judge_gallery(gallery: Gallery, catalogue: Catalogue, id_bytes_max: int) ->
             field="threshold",
             hint="a score is a cosine; set the threshold from a target false-match rate",
         )
+    lawful_galleries.judge_terms(gallery)
     if gallery.space not in catalogue.spaces:
         raise NotFound(
             f"template space {gallery.space} is not registered",

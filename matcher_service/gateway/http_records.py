@@ -33,8 +33,9 @@ def router(service: Service) -> APIRouter:
         )
 
     @routes.get("/v1/audit")
-    async def list_audit(query: Annotated[PageAfterIndex, Query()]) -> Response:
+    async def list_audit(request: Request, query: Annotated[PageAfterIndex, Query()]) -> Response:
         """Audit records in order, each with its hash and that of the one before."""
+        policy.require_every_gallery(actor_of(request))
         found = await service.log.audit(query.after, query.limit)
         return json_response(
             {"records": found, "next_after": found[-1].get("index") if len(found) == query.limit else None}
