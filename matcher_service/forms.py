@@ -55,7 +55,9 @@ async def _embedded(settings: Settings, clock: Clock, metrics: Metrics) -> Async
     data_dir, models = settings.storage.data_dir, LocalModels()
     log = await open_sqlite_log(data_dir, settings.keys_dir, settings.storage, clock)
     try:
-        shard = await LocalShard.open(data_dir / "index", log.keyring.key, settings.index, clock)
+        shard = await LocalShard.open(
+            data_dir / "index", log.keyring.key, settings.index, clock, log_head=await log.head()
+        )
         metrics.index_budget_bytes.set(budget_bytes(settings.index.memory_bytes_max))
         try:
             yield Form(

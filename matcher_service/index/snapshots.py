@@ -77,13 +77,22 @@ class Snapshots:
         self._manifest = Manifest(0, {})
         self._written: dict[str, list[tuple[Segment, int]]] = {}
 
-    def restore(self) -> Restored:
+    def restore(self, log_head: int | None = None) -> Restored:
         """Open the directory and read every file that counts; remove the others.
 
-        Raises StartRefused if a newer release wrote it.
+        None counts if they reach beyond `log_head`, the newest sequence of the log (None: not asked): the log was
+        restored from before, and what they hold may never have been. Raises StartRefused if a newer release wrote them.
         """
         self._disk.open()
         self._manifest = self._read_manifest()
+        if log_head is not None and self._manifest.sequence > log_head:
+            _log.warning(
+                "index_beyond_log",
+                index_sequence=self._manifest.sequence,
+                log_head=log_head,
+                hint="an older log was restored: the index is built anew from it",
+            )
+            self._manifest = Manifest(0, {})
         galleries: dict[str, GalleryState] = {}
         damaged: dict[str, int] = {}
         kept: dict[str, GalleryFiles] = {}

@@ -117,12 +117,14 @@ class LocalShard:
         *,
         erase_within_s: float = ERASE_WITHIN_S,
         scanners: Scanners | None = None,
+        log_head: int | None = None,
     ) -> LocalShard:
         """Open the segment files of `directory`, made if need be; what they lack comes by replay, beginning
         behind `applied_sequence`.
 
         `key` gives the 32-byte key of a gallery; None, or NotFound raised, where it was destroyed. Rows that
-        ended leave memory and files within `erase_within_s`. Raises StartRefused if a newer release wrote them.
+        ended leave memory and files within `erase_within_s`. Files that reach beyond `log_head`, the newest sequence
+        of the log, are of another history and removed. Raises StartRefused if a newer release wrote them.
         """
         opened = scanners or scanners_for(settings)
         snapshots = Snapshots(Disk(directory), key, opened)
@@ -133,7 +135,7 @@ class LocalShard:
             memory_bytes_max=budget_bytes(settings.memory_bytes_max),
             growing_of=opened.growing,
         )
-        restored = await asyncio.to_thread(snapshots.restore)
+        restored = await asyncio.to_thread(snapshots.restore, log_head)
         engine.restore(restored.sequence, restored.galleries, restored.damaged)
         return cls(engine, snapshots, opened, settings, clock, erase_within_s)
 

@@ -423,6 +423,29 @@ async def test_a_shard_opens_where_it_was_closed(tmp_path: Path) -> None:
     await again.close()
 
 
+async def test_law_1_files_that_reach_beyond_the_log_are_of_another_history(tmp_path: Path) -> None:
+    """Law 1: after an older log was restored, the index holds nothing that the log does not."""
+    clock, log = FakeClock(NOW_MS), LogWriter()
+    settings = IndexSettings(memory_bytes_max=10**9)
+    shard = await LocalShard.open(tmp_path, lambda _: KEY, settings, clock)
+    log.create("g", 2)
+    log.enrol("g", "kept", np.array([1, 0]))
+    log.enrol("g", "later", np.array([1, 0]))
+    await shard.apply(log.entries)
+    await shard.close()
+    with structlog.testing.capture_logs() as told:
+        again = await LocalShard.open(tmp_path, lambda _: KEY, settings, clock, log_head=2)
+    assert [one["event"] for one in told] == ["index_beyond_log"]
+    assert again.applied_sequence == 0
+    assert not row_files(tmp_path)
+    await again.apply(log.entries[:2])
+    assert list((await again.search(asking(np.array([[1, 0]])))).reference_ids) == ["kept"]
+    await again.close()
+    same = await LocalShard.open(tmp_path, lambda _: KEY, settings, clock, log_head=2)
+    assert same.applied_sequence == 2
+    await same.close()
+
+
 async def test_a_gallery_being_rebuilt_is_named_as_missing(tmp_path: Path) -> None:
     """Law 4: until replay has reached what the files had."""
     clock, log = FakeClock(NOW_MS), LogWriter()
