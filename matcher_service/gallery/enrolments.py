@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import orjson
 from numpy.typing import NDArray
-from sqlalchemy import BindParameter, Connection, Text, bindparam, insert, select
+from sqlalchemy import Connection, Text, bindparam, insert, select
 
 from matcher_service.errors import MatcherError
 from matcher_service.gallery import judgement, seal
@@ -22,8 +22,6 @@ from matcher_service.gallery.schema import enrolment_key, entry, insert_many, li
 from matcher_service.gallery.transaction import ENROL, Note, WriteTransaction
 from matcher_service.receipts import EnrolReceipts
 from matcher_service.terms import Actor, EnrolRows, EnrolRun, Gallery, Int64, WriteOutcome
-
-_LOOK_UP = 4096
 
 
 def enrol(transaction: WriteTransaction, rows: EnrolRows, actor: Actor) -> EnrolReceipts:
@@ -42,7 +40,9 @@ def enrol(transaction: WriteTransaction, rows: EnrolRows, actor: Actor) -> Enrol
         expires_at_ms = _expiries(rows, gallery, transaction.at_ms)
         # What was accepted before must be in the tables, which are asked about these rows.
         transaction.flush()
-        plain = _plain(transaction.connection, rows, expires_at_ms > transaction.at_ms)
+        # Where the number of references matters, or the list may be closed, each is judged alone.
+        if not gallery.size_max and gallery.watchlist is None:
+            plain = _plain(transaction.connection, rows, expires_at_ms > transaction.at_ms)
     if len(plain):
         run = _stored(transaction, rows, plain, expires_at_ms)
         sequences[plain] = np.arange(run.sequence, run.last_sequence + 1)
@@ -66,7 +66,7 @@ def judged_in_columns(gallery: Gallery, rows: EnrolRows) -> bool:
 
 def _expiries(rows: EnrolRows, gallery: Gallery, at_ms: int) -> Int64:
     """When each row expires: as asked for, but never later than the gallery's retention has it."""
-    latest = at_ms + gallery.retention_ms
+    latest = at_ms + gallery.life_ms
     return np.where(rows.expires_at_ms == 0, latest, np.minimum(rows.expires_at_ms, latest))
 
 
@@ -129,11 +129,7 @@ def _held(connection: Connection, gallery_id: str, reference_ids: list[str]) -> 
     if connection.dialect.name == "sqlite":
         names = orjson.dumps(reference_ids).decode()
         return set(connection.exec_driver_sql(_HELD_SQLITE, (names, gallery_id)).scalars())
-    found: set[str] = set()
-    for start in range(0, len(reference_ids), _LOOK_UP):
-        some = reference_ids[start : start + _LOOK_UP]
-        found.update(connection.execute(_HELD, {"gallery": gallery_id, "wanted": some}).scalars())
-    return found
+    return set(connection.exec_driver_sql(_HELD_POSTGRES, (reference_ids, gallery_id)).scalars())
 
 
 def _with_used_key(connection: Connection, gallery_id: str, key: str, reference_ids: list[str]) -> set[str]:
@@ -141,12 +137,7 @@ def _with_used_key(connection: Connection, gallery_id: str, key: str, reference_
     if connection.dialect.name == "sqlite":
         names = orjson.dumps(reference_ids).decode()
         return set(connection.exec_driver_sql(_USED_SQLITE, (names, gallery_id, key)).scalars())
-    found: set[str] = set()
-    for start in range(0, len(reference_ids), _LOOK_UP):
-        keys = [f"{key}\n{one}" for one in reference_ids[start : start + _LOOK_UP]]
-        used = connection.execute(_USED, {"gallery": gallery_id, "wanted": keys}).scalars()
-        found.update(one[len(key) + 1 :] for one in used)
-    return found
+    return set(connection.exec_driver_sql(_USED_POSTGRES, (reference_ids, gallery_id, f"{key}\n")).scalars())
 
 
 def _insert_entries(connection: Connection, run: EnrolRun, sealed: list[bytes], attributes: list[bytes]) -> None:
@@ -202,11 +193,14 @@ _ENTRIES_SQLITE = (
     "json_extract(value, '$[2]'), substr(?6, key * ?7 + 1, ?7), CAST(json_extract(value, '$[3]') AS BLOB) "
     "FROM json_each(?1)"
 )
-_GALLERY: BindParameter[str] = bindparam("gallery")
-_WANTED: BindParameter[list[str]] = bindparam("wanted", expanding=True)
-_HELD = select(live.c.reference_id).where(live.c.gallery_id == _GALLERY, live.c.reference_id.in_(_WANTED))
-_USED = select(enrolment_key.c.idempotency_key).where(
-    enrolment_key.c.gallery_id == _GALLERY, enrolment_key.c.idempotency_key.in_(_WANTED)
+# Not EXISTS, which the planner may turn round: with statistics from when the table was empty it would read all of it.
+_HELD_POSTGRES = (
+    "SELECT value FROM unnest(%s::text[]) AS value WHERE "
+    "(SELECT true FROM live WHERE gallery_id = %s AND reference_id = value)"
+)
+_USED_POSTGRES = (
+    "SELECT value FROM unnest(%s::text[]) AS value WHERE "
+    "(SELECT true FROM enrolment_key WHERE gallery_id = %s AND idempotency_key = %s || value)"
 )
 _SPAN = entry.c.sequence.between(bindparam("first"), bindparam("last"))
 _TO_LIVE = insert(live).from_select(

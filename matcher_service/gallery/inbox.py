@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from matcher_service.gallery.transaction import WriteTransaction
-from matcher_service.terms import Actor, Alert, AuditEvent, EnrolRows, Write
+from matcher_service.terms import Actor, Alert, AuditEvent, Enrol, EnrolRows, Write
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,10 +76,17 @@ Job = AppendJob | EnrolJob | RecordJob | EraseJob | WorkJob
 
 
 class Inbox:
-    """First in, first out; bounded in jobs and in writes; closed once."""
+    """Bounded in jobs and in writes; closed once.
+
+    Enrolments have a queue of their own, and every other transaction while both queues wait: a withdrawal, or an alert
+    that must be in the audit before it is given, waits for one transaction of an import at most, and not for all of it.
+    Each queue is first in, first out.
+    """
 
     def __init__(self, jobs_max: int, writes_max: int) -> None:
-        self._jobs: deque[Job] = deque()
+        self._enrolments: deque[Job] = deque()
+        self._others: deque[Job] = deque()
+        self._enrolments_next = False
         self._jobs_max = jobs_max
         self._writes_max = writes_max
         self._writes = 0
@@ -92,10 +99,10 @@ class Inbox:
             if self._closed:
                 raise RuntimeError("the inbox is closed")
             # An empty inbox takes anything, so that no job can be refused for ever.
-            full = len(self._jobs) >= self._jobs_max or self._writes + job.weight > self._writes_max
-            if full and self._jobs:
+            waiting = len(self._enrolments) + len(self._others)
+            if waiting and (waiting >= self._jobs_max or self._writes + job.weight > self._writes_max):
                 return False
-            self._jobs.append(job)
+            (self._enrolments if _enrols(job) else self._others).append(job)
             self._writes += job.weight
             self._changed.notify()
             return True
@@ -104,17 +111,21 @@ class Inbox:
         """The jobs of the next transaction: at least one, and more while they are within `writes_max`. An erasure
         comes alone. Waits while there are none; [] once closed and drained."""
         with self._changed:
-            while not self._jobs:
+            while not self._enrolments and not self._others:
                 if self._closed:
                     return []
                 self._changed.wait()
+            if self._enrolments and (self._enrolments_next or not self._others):
+                jobs, self._enrolments_next = self._enrolments, False
+            else:
+                jobs, self._enrolments_next = self._others, True
             taken: list[Job] = []
             writes = 0
-            while self._jobs:
-                following = self._jobs[0]
+            while jobs:
+                following = jobs[0]
                 if taken and (isinstance(following, EraseJob) or writes + following.weight > writes_max):
                     break
-                taken.append(self._jobs.popleft())
+                taken.append(jobs.popleft())
                 writes += following.weight
                 if isinstance(following, EraseJob):
                     break
@@ -126,3 +137,9 @@ class Inbox:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+
+def _enrols(job: Job) -> bool:
+    return isinstance(job, EnrolJob) or (
+        isinstance(job, AppendJob) and any(isinstance(write, Enrol) for write in job.writes)
+    )

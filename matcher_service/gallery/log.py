@@ -107,6 +107,11 @@ class Database(Protocol):
     def reader(self) -> Engine: ...
 
     @property
+    def writes_per_turn_max(self) -> int:
+        """Of how many writes one transaction may be made up; one append is never divided."""
+        ...
+
+    @property
     def shared(self) -> bool:
         """Whether other processes may write to it as well."""
         ...
@@ -282,7 +287,7 @@ class SqlGalleryLog:
         return await asyncio.wrap_future(job.answer)
 
     def _own(self) -> None:
-        while jobs := self._inbox.take(WRITES_PER_APPEND_MAX):
+        while jobs := self._inbox.take(self._database.writes_per_turn_max):
             # A caller who left before the work began is not served; from here on nobody can leave.
             present = [job for job in jobs if job.answer.set_running_or_notify_cancel()]
             if not present:

@@ -52,6 +52,12 @@ _WAIT_FOR_TURN_S_MAX = 8
 # Migrations of large tables, and vacuuming them.
 _LONG_S_MAX = 3600.0
 
+# Compiling a query pays for itself in none of these, and takes longer than most.
+_READING = ("default_transaction_read_only=on", "jit=off")
+# What a write looks up it looks up by key. A planner whose statistics are of a minute ago, when the table was empty,
+# would rather read all of it.
+_WRITING = ("jit=off", "enable_seqscan=off", "enable_hashjoin=off", "enable_mergejoin=off")
+
 _ERASABLE = ("entry", "audit_record", "alert")
 # Row versions that vacuuming had to leave, because somebody may still see them; large templates lie in side tables.
 _DEAD_LEFT = """
@@ -114,6 +120,8 @@ class PostgresDatabase:
     """
 
     shared = True
+    # Fewer than could be: everybody else's writes wait for their turn meanwhile.
+    writes_per_turn_max = 4096
 
     def __init__(self, url: str, readers: int) -> None:
         try:
@@ -121,18 +129,18 @@ class PostgresDatabase:
         except ArgumentError as unfit:
             raise StartRefused(
                 "the address of the gallery log's database cannot be read",
-                field="storage.log_url",
+                field="cluster.log_url",
                 hint="such as postgresql://user@host:5432/name",
             ) from unfit
         if self._url.get_backend_name() != "postgresql":
             raise StartRefused(
                 f"the gallery log cannot be kept in {self._url.get_backend_name()}",
-                field="storage.log_url",
+                field="cluster.log_url",
                 hint="such as postgresql://user@host:5432/name; leave it empty for a file in data_dir",
             )
         self._url = self._url.set(drivername="postgresql+psycopg")
         self.writer = self._engine(1)
-        self.reader = self._engine(readers, "default_transaction_read_only=on")
+        self.reader = self._engine(readers, *_READING)
         self._listener: _Listener | None = None
 
     def __str__(self) -> str:
@@ -158,9 +166,7 @@ class PostgresDatabase:
 
     def follow(self, tell: Callable[[int, int], None]) -> None:
         def connect() -> BoundedConnection:
-            return _connect(
-                self._url, "default_transaction_read_only=on", autocommit=True, reply_s_max=_LISTENER_REPLY_S_MAX
-            )
+            return _connect(self._url, *_READING, autocommit=True, reply_s_max=_LISTENER_REPLY_S_MAX)
 
         self._listener = _Listener(connect, tell)
         self._listener.start()
@@ -202,10 +208,14 @@ class PostgresDatabase:
 
     def _engine(self, connections: int, *options: str, reply_s_max: float | None = None) -> Engine:
         writes = not options
-        turns = (f"idle_in_transaction_session_timeout={_TURN_S_MAX}s", f"lock_timeout={_WAIT_FOR_TURN_S_MAX}s")
+        options = options or (
+            f"idle_in_transaction_session_timeout={_TURN_S_MAX}s",
+            f"lock_timeout={_WAIT_FOR_TURN_S_MAX}s",
+            *_WRITING,
+        )
         engine = create_engine(
             "postgresql+psycopg://",
-            creator=lambda: _connect(self._url, *(options or turns), reply_s_max=reply_s_max),
+            creator=lambda: _connect(self._url, *options, reply_s_max=reply_s_max),
             poolclass=QueuePool,
             pool_size=connections,
             max_overflow=0,

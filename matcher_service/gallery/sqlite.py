@@ -30,6 +30,7 @@ class SqliteDatabase:
     the `readers` connections of `reader` cannot write. Neither touches the disk before `prepare`."""
 
     shared = False
+    writes_per_turn_max = 10_000
 
     def __init__(self, path: Path, readers: int, busy_timeout_ms: int) -> None:
         self._path = path

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from sqlalchemy import BindParameter, Connection, bindparam, delete, func, insert, literal, select, update
+from sqlalchemy import BindParameter, Connection, Select, bindparam, delete, func, insert, literal, select, update
 
 from matcher_service import audit, records
 from matcher_service.errors import LogUnavailable
@@ -137,18 +137,23 @@ class WriteTransaction:
                     keys.setdefault(write.gallery_id, {})[write.idempotency_key] = None
         for gallery_id, wanted in references.items():
             for some in _slices(list(wanted)):
-                for reference_id, *rest in self.connection.execute(_HELD, {"gallery": gallery_id, "wanted": some}):
+                for reference_id, *rest in self._execute(_HELD, _HELD_POSTGRES, gallery_id, some):
                     self.add_held((gallery_id, reference_id), Held(*rest))
         oldest_ms = self.at_ms - self.terms.idempotency_window_ms
         for gallery_id, wanted in keys.items():
             for some in _slices([key for key in wanted if (gallery_id, key) not in self._first_uses]):
-                for key, used_at_ms, sequence, reference_id, subject_id, sealed in self.connection.execute(
-                    _FIRST_USES, {"gallery": gallery_id, "wanted": some}
+                for key, used_at_ms, sequence, reference_id, subject_id, sealed in self._execute(
+                    _FIRST_USES, _FIRST_USES_POSTGRES, gallery_id, some
                 ):
                     if used_at_ms > oldest_ms:
                         self._first_uses[(gallery_id, key)] = FirstUse(sequence, reference_id, subject_id, sealed, None)
                     else:
                         self._keys_outlived.add((gallery_id, key))
+
+    def _execute(self, query: Select[Any], on_postgres: str, gallery_id: str, wanted: list[str]) -> Iterable[Any]:
+        if self.connection.dialect.name == "postgresql":
+            return self.connection.exec_driver_sql(on_postgres, (wanted, gallery_id))
+        return self.connection.execute(query, {"gallery": gallery_id, "wanted": wanted})
 
     def held(self, place: Place) -> Held | None:
         """What is held under a place that was looked up; it may have expired."""
@@ -438,6 +443,17 @@ _FIRST_USES = (
     )
     .join(entry, entry.c.sequence == enrolment_key.c.sequence)
     .where(enrolment_key.c.gallery_id == _GALLERY, enrolment_key.c.idempotency_key.in_(_WANTED))
+)
+# One look through the index for each name, whatever the planner takes the tables to hold: with statistics from when
+# they were empty it would read all of a gallery for a list of names.
+_HELD_POSTGRES = (
+    "SELECT found.* FROM unnest(%s::text[]) AS wanted CROSS JOIN LATERAL (SELECT reference_id, subject_id, sequence, "
+    "enrolled_at_ms, expires_at_ms FROM live WHERE gallery_id = %s AND reference_id = wanted LIMIT 1) AS found"
+)
+_FIRST_USES_POSTGRES = (
+    "SELECT found.* FROM unnest(%s::text[]) AS wanted CROSS JOIN LATERAL (SELECT used.idempotency_key, used.at_ms, "
+    "entry.sequence, entry.reference_id, entry.subject_id, entry.sealed FROM enrolment_key AS used JOIN entry "
+    "USING (sequence) WHERE used.gallery_id = %s AND used.idempotency_key = wanted LIMIT 1) AS found"
 )
 _DROP_HELD = delete(live).where(live.c.gallery_id == _GALLERY, live.c.reference_id == bindparam("reference"))
 _ADD_TO_TALLY = (

@@ -362,7 +362,7 @@ async def test_a_server_that_could_lose_what_it_acknowledged_is_refused(tmp_path
     for address in ("nonsense", "mysql://here/log"):
         with pytest.raises(StartRefused) as refused:
             await open_postgres_log(address, tmp_path / "keys", StorageSettings(), SystemClock())
-        assert refused.value.field == "storage.log_url"
+        assert refused.value.field == "cluster.log_url"
 
 
 async def test_law_5_commits_are_synced_even_where_the_server_does_not_ask_for_it(tmp_path: Path) -> None:
