@@ -35,8 +35,9 @@ from matcher_service.batching import Batcher
 from matcher_service.catalogue import Catalogue
 from matcher_service.clock import LawfulTime, SystemClock
 from matcher_service.enrol import Writing
-from matcher_service.errors import MatcherError, StartRefused
+from matcher_service.errors import LogUnavailable, MatcherError, StartRefused
 from matcher_service.forms import Form
+from matcher_service.gallery.alert_records import SqlAlertRecords
 from matcher_service.gallery.proofs import SqlAuditProofs
 from matcher_service.gallery.signing import SigningKeys
 from matcher_service.gateway import credentials
@@ -50,6 +51,7 @@ from matcher_service.models.embedder.card import read_card
 from matcher_service.models.embedder.outcome import TemplateMaker
 from matcher_service.seams import Clock
 from matcher_service.settings import EmbedderSettings, Settings, is_loopback
+from matcher_service.tallies import Tallies
 
 # Time for answers already computed to leave through open streams.
 FAREWELL_S = 1.0
@@ -192,8 +194,12 @@ async def _serving(
     )
     conduct = Conduct(settings.access, clock, metrics)
     live_scores = LiveScores(settings.watch.score_sample_every, batcher, shard, clock, metrics)
-    identify = Identify(catalogue, probes, batcher, replay, log, feed, live_scores, time, clock, metrics, conduct)
-    writing = Writing(catalogue, references, models, log, replay, time, clock, settings.limits, metrics)
+    alert_records = SqlAlertRecords(log)
+    tallies = Tallies(alert_records)
+    identify = Identify(
+        catalogue, probes, batcher, replay, log, feed, live_scores, time, clock, metrics, conduct, tallies
+    )
+    writing = Writing(catalogue, references, models, log, replay, time, clock, settings.limits, metrics, shard)
 
     proofs = SqlAuditProofs(log, SigningKeys(settings.keys_dir / "audit", log.keyring))
 
@@ -224,6 +230,7 @@ async def _serving(
         ),
         templates=templates,
         proofs=proofs,
+        alert_records=alert_records,
         approve=writing.approve,
         tokens=tokens,
     )
@@ -231,6 +238,7 @@ async def _serving(
     tasks = _Tasks()
     tasks.start("replay", replay.run())
     tasks.start("batcher", batcher.run())
+    tasks.start("tallies", tallies.run())
     for name, work in form.beside.items():
         tasks.start(name, work())
     every_s = settings.storage.audit_checkpoint_every_s
@@ -253,6 +261,11 @@ async def _serving(
                         await references.idle()
                 except TimeoutError:
                     _log.warning("drain_cut_short", after_s=settings.server.drain_s_max)
+                feed.close()
+                try:
+                    await tallies.store()
+                except LogUnavailable as error:
+                    _log.error("tallies_lost", detail=str(error))
     finally:
         await tasks.end()
 

@@ -13,6 +13,7 @@ may already have raised its alert: it is then found under the same alert id, and
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import ipaddress
 import itertools
 import random
@@ -48,6 +49,7 @@ from matcher_service.terms import (
     Candidate,
     Cause,
     Decision,
+    Grounds,
     IdentifyReply,
     Outcome,
     SpaceId,
@@ -140,7 +142,8 @@ class References:
 
     `templates` as in Probes. `expires_at_ms` empty, or one per reference (0: the gallery's retention).
     `idempotency_key` empty: the client makes one when it takes the message, so that a message sent again
-    after a break changes nothing; give one's own to be safe beyond the life of the process.
+    after a break changes nothing; give one's own to be safe beyond the life of the process. `grounds` is what the
+    references rest on, where it is not what the gallery says.
     """
 
     gallery_id: str
@@ -153,6 +156,7 @@ class References:
     idempotency_key: str = ""
     message_id: str = ""
     deadline_s: float | None = None
+    grounds: Grounds = field(default_factory=Grounds)
 
     def __post_init__(self) -> None:
         _check_rows(self.templates, self.space, len(self.reference_ids))
@@ -733,6 +737,7 @@ class _Enrol:
             replace=references.replace,
             message_id=wire_id,
             receipts_in_columns=True,
+            grounds=None if references.grounds == Grounds() else pb.Grounds(**dataclasses.asdict(references.grounds)),
         )
 
     def wire_id(self, reply: pb.EnrolReply) -> str:

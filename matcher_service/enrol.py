@@ -10,9 +10,10 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import ParamSpec, TypeVar
 
+import numpy as np
 import structlog
 
-from matcher_service import policy, reference_rows
+from matcher_service import grounds, policy, reference_rows, resemblance
 from matcher_service.access.rates import Rates
 from matcher_service.admission import Admission
 from matcher_service.catalogue import Catalogue
@@ -21,7 +22,7 @@ from matcher_service.errors import Forbidden, MatcherError, NotFound, Overloaded
 from matcher_service.metrics import Metrics
 from matcher_service.receipts import EnrolReceipts
 from matcher_service.replay import Following
-from matcher_service.seams import Clock, GalleryLog, Models
+from matcher_service.seams import Clock, GalleryLog, Models, Shard
 from matcher_service.settings import LimitSettings
 from matcher_service.terms import (
     Actor,
@@ -61,8 +62,10 @@ class Writing:
         clock: Clock,
         limits: LimitSettings,
         metrics: Metrics,
+        shard: Shard,
     ) -> None:
         self._catalogue = catalogue
+        self._shard = shard
         self._admission = admission
         self._models = models
         self._log = log
@@ -87,6 +90,10 @@ class Writing:
                 raise stuck
             size, id_bytes_max = message.templates.size, self._limits.id_bytes_max
             rows, refusals = await _computed(size, reference_rows.judged, message, id_bytes_max)
+            now_ms = self._time.now_ms()
+            standing = await _computed(size, grounds.judged, message, gallery, now_ms)
+            rows = reference_rows.without(rows, standing.refusals)
+            refusals = standing.refusals | refusals
             receipts = EnrolReceipts.of([])
             if len(rows):
                 templates = reference_rows.templates_of(message, rows)
@@ -94,9 +101,14 @@ class Writing:
                 stored, directed = await _computed(size, reference_rows.as_stored, adapted)
                 if not directed.all():
                     refusals |= {row: policy.zero_template(row) for row in rows[~directed].tolist()}
-                    rows, stored = rows[directed], stored[directed]
+                    rows, stored, adapted = rows[directed], stored[directed], adapted[directed]
+                if gallery.resembles_max:
+                    subjects = [message.subject_ids[row] for row in rows.tolist()]
+                    alike = await resemblance.refusals(self._shard, gallery, subjects, adapted, now_ms)
+                    refusals |= {int(rows[at]): refusal for at, refusal in alike.items()}
+                    rows, stored = np.delete(rows, list(alike)), np.delete(stored, list(alike), axis=0)
                 began = self._clock.monotonic()
-                receipts = await self._log.enrol(reference_rows.wish(message, rows, stored), message.actor)
+                receipts = await self._log.enrol(reference_rows.wish(message, rows, stored, standing), message.actor)
                 self._log_seconds.observe(self._clock.monotonic() - began)
         self._metrics.enrolled.inc(receipts.written)
         return reference_rows.in_message(receipts, rows, refusals, len(message.reference_ids))

@@ -26,6 +26,7 @@ from matcher_service.live_scores import LiveScores
 from matcher_service.metrics import Metrics
 from matcher_service.replay import Following
 from matcher_service.seams import Clock, GalleryLog, Models, Shard
+from matcher_service.tallies import Tallies
 from matcher_service.terms import (
     Alert,
     AuditEvent,
@@ -88,9 +89,11 @@ class Identify:
         clock: Clock,
         metrics: Metrics,
         conduct: Conduct,
+        tallies: Tallies,
     ) -> None:
         self._catalogue = catalogue
         self._conduct = conduct
+        self._tallies = tallies
         self._admission = admission
         self._batcher = batcher
         self._replay = replay
@@ -152,6 +155,7 @@ class Identify:
                     permit, lane, message.templates[watched : watched + 1], table, message.deadline
                 )
         self._count(decisions)
+        self._tallies.add(message, decisions)
         self._metrics.identify_seconds.observe(self._clock.monotonic() - message.received_at)
         return IdentifyReply(
             decisions=decisions,

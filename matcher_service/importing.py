@@ -8,6 +8,7 @@ is durable; losing it costs only time, within the service's idempotency window.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import json
 import os
@@ -31,7 +32,7 @@ from matcher_service.client import (
 )
 from matcher_service.errors import InvalidInput, MatcherError
 from matcher_service.template_files import Rows, TemplateFile
-from matcher_service.terms import Cause, Int64, SpaceId
+from matcher_service.terms import Cause, Grounds, Int64, SpaceId
 
 BLOCK_ROWS = 1000
 BLOCK_BYTES_MAX = 2 * 1024 * 1024
@@ -45,6 +46,8 @@ ROW_CAUSES = frozenset(
         Cause.ZERO_TEMPLATE,
         Cause.CONFLICT,
         Cause.EXPIRED,
+        Cause.LOW_QUALITY,
+        Cause.RESEMBLES_OTHERS,
         Cause.WRONG_DIMENSION,
         Cause.WRONG_LENGTH,
     }
@@ -156,6 +159,7 @@ class Import:
         *,
         gallery_created_at_ms: int = 0,
         replace: bool = False,
+        grounds: Grounds | None = None,
         progress_file: ProgressFile | None = None,
         on_bad_row: Callable[[BadRow], None] = lambda _: None,
         on_progress: Callable[[Progress], None] = lambda _: None,
@@ -167,7 +171,8 @@ class Import:
         self._client = client
         self._file = file
         self._space = space
-        self._numbers = ("expires_at_ms",) if file.has("expires_at_ms") else ()
+        self._grounds = grounds or Grounds()
+        self._numbers = tuple(one for one in ("expires_at_ms", "review_by_ms") if file.has(one))
         self._progress_file = progress_file or ProgressFile.beside(file.path, gallery_id)
         self._on_bad_row = on_bad_row
         self._on_progress = on_progress
@@ -225,7 +230,7 @@ class Import:
             good = np.delete(good, bad)
             reference_ids = [reference_ids[offset] for offset in good.tolist()]
             subject_ids = [subject_ids[offset] for offset in good.tolist()]
-        expires = rows.numbers.get("expires_at_ms")
+        expires, reviews = rows.numbers.get("expires_at_ms"), rows.numbers.get("review_by_ms")
         references = References(
             gallery_id=self.progress.gallery_id,
             space=self._space,
@@ -236,6 +241,9 @@ class Import:
             replace=self.progress.replace,
             idempotency_key=self.progress.key(number),
             message_id=str(number),
+            grounds=self._grounds
+            if reviews is None
+            else dataclasses.replace(self._grounds, reviews_by_ms=tuple(reviews[good].tolist())),
         )
         return references, _Block(number, rows.first_row + good, len(good), refused)
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from matcher_service import policy
 from matcher_service.errors import MatcherError
+from matcher_service.grounds import Standing
 from matcher_service.receipts import EnrolReceipts
 from matcher_service.terms import EnrolMessage, EnrolRows, Float32, Int64
 
@@ -32,6 +33,11 @@ def judged(message: EnrolMessage, id_bytes_max: int) -> Usable:
     return Usable(np.delete(np.arange(len(message.reference_ids)), sorted(refusals)), refusals)
 
 
+def without(rows: Int64, refusals: Mapping[int, MatcherError]) -> Int64:
+    """The rows that nothing speaks against."""
+    return rows[~np.isin(rows, list(refusals))] if refusals else rows
+
+
 def templates_of(message: EnrolMessage, rows: Int64) -> Float32:
     """The templates of these rows, not copied if they are all there are."""
     return message.templates if len(rows) == len(message.templates) else message.templates[rows]
@@ -44,8 +50,8 @@ def as_stored(adapted: Float32) -> tuple[NDArray[np.float16], NDArray[np.bool_]]
     return stored, np.asarray((stored.view(np.uint16) & 0x7FFF).any(axis=1))
 
 
-def wish(message: EnrolMessage, rows: Int64, stored: NDArray[np.float16]) -> EnrolRows:
-    """What the log is asked for: these rows of the message, with their stored templates."""
+def wish(message: EnrolMessage, rows: Int64, stored: NDArray[np.float16], standing: Standing) -> EnrolRows:
+    """What the log is asked for: these rows of the message, with their stored templates and what they rest on."""
     whole = len(rows) == len(message.reference_ids)
     chosen = rows.tolist()
     return EnrolRows(
@@ -53,9 +59,10 @@ def wish(message: EnrolMessage, rows: Int64, stored: NDArray[np.float16]) -> Enr
         reference_ids=message.reference_ids if whole else [message.reference_ids[row] for row in chosen],
         subject_ids=message.subject_ids if whole else [message.subject_ids[row] for row in chosen],
         templates=stored,
-        expires_at_ms=message.expires_at_ms[rows],
+        expires_at_ms=standing.expires_at_ms[rows],
         replace=message.replace,
         idempotency_key=message.idempotency_key,
+        attributes=[standing.attributes[row] for row in chosen] if standing.attributes else (),
     )
 
 

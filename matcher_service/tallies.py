@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Sequence
 
 import structlog
 
@@ -26,7 +27,7 @@ class Tallies:
         self._store = store
         self._counts: Counter[tuple[str, str]] = Counter()
 
-    def add(self, message: ProbeMessage, decisions: list[Decision]) -> None:
+    def add(self, message: ProbeMessage, decisions: Sequence[Decision]) -> None:
         """Count the probes of an answered message; those of known people who watch over the service are no faces."""
         faces = [one.outcome for one in decisions if not one.probe_id.startswith(CANARY_PREFIX)]
         authority = records.authority_name(message.deployment_id, message.case_reference)

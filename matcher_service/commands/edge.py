@@ -102,9 +102,10 @@ def _space_of(
 
     with api_to(http, token_file, ca_file) as api:
         authority = api.get(path_of("deployments", deployment) if deployment else path_of("cases", case))
-        spaces = {
-            SpaceId(**api.get(path_of("galleries", one))["space"]) for one in gallery_ids or authority["gallery_ids"]
-        }
+        # What was deleted since is not searched: watchlists are, when their deployment ends.
+        held = {one["gallery_id"]: one for one in api.get(path_of("galleries"))["galleries"]}
+        named = gallery_ids or [one for one in authority["gallery_ids"] if one in held]
+        spaces = {SpaceId(**(held.get(one) or api.get(path_of("galleries", one)))["space"]) for one in named}
     if len(spaces) != 1:
         told = ", ".join(sorted(map(str, spaces)))
         raise InvalidInput(f"the galleries have several spaces: {told}", field="space", hint="give --space")

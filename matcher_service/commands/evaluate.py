@@ -300,7 +300,7 @@ class _Test:
             path_of("galleries"),
             {
                 "gallery_id": self.gallery,
-                "kind": "watchlist",
+                "kind": "custody",
                 "controller": self.requested_by,
                 "lawful_basis": "a labelled test set; nobody is sought",
                 "purpose": "evaluation of a threshold",

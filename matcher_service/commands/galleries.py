@@ -19,6 +19,14 @@ spaces = typer.Typer(no_args_is_help=True, help="Template spaces: model, version
 _COLUMNS = ("gallery_id", "kind", "space", "threshold", "retention_ms", "controller", "lawful_basis")
 _SPACE = "NAME/VERSION/DIMENSION, for example arcface/3/512."
 
+ReviewInterval = Annotated[str, typer.Option(help="Until a reference is reviewed: 90d, 52w. Without: the retention.")]
+RetentionRule = Annotated[str, typer.Option(help="The rule that retention and review come from, in words.")]
+QualityMin = Annotated[float, typer.Option(help="Least quality of a reference, from 0 to 1; 0: none is asked for.")]
+ResemblesMax = Annotated[
+    int, typer.Option(help="Refuse a reference that resembles more other subjects than this; 0: no check.")
+]
+Adjudicators = Annotated[int, typer.Option(min=1, max=2, help="People who must judge an alert.")]
+
 
 @galleries.command("list")
 def list_galleries(
@@ -36,21 +44,35 @@ def list_galleries(
 @galleries.command("create")
 def create_gallery(
     gallery_id: str,
-    kind: Annotated[str, typer.Option(help="custody, immigration or watchlist.")],
+    kind: Annotated[str, typer.Option(help="custody or immigration.")],
     controller: Annotated[str, typer.Option(help="Who is answerable for the data.")],
     lawful_basis: Annotated[str, typer.Option(help="On which it is kept and searched.")],
     purpose: Annotated[str, typer.Option(help="What it is for.")],
     retention: Annotated[str, typer.Option(help="Longest life of a reference: 12h, 30d, 52w.")],
     space: Annotated[str, typer.Option(help=_SPACE)],
     threshold: Annotated[float, typer.Option(help="Least score that is a candidate, in [-1, 1].")],
+    review_interval: ReviewInterval = "",
+    retention_rule: RetentionRule = "",
+    source: Annotated[str, typer.Option(help="Where references come from that do not say.")] = "",
+    quality_min: QualityMin = 0.0,
+    resembles_max: ResemblesMax = 0,
+    size_max: Annotated[int, typer.Option(help="References that the threshold was calibrated for; 0: any.")] = 0,
+    adjudicators: Adjudicators = 1,
     http: Http = HTTP_URL,
     token_file: TokenFile = None,
     ca_file: CaFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Create a gallery in a registered template space."""
+    """Create a gallery in a registered template space; for a watchlist see `matcher watchlists create`."""
     body: dict[str, Any] = {
         "gallery_id": gallery_id,
+        "review_interval_ms": duration_ms(review_interval, "review_interval") if review_interval else 0,
+        "retention_rule": retention_rule,
+        "source": source,
+        "quality_min": quality_min,
+        "resembles_max": resembles_max,
+        "size_max": size_max,
+        "adjudicators": adjudicators,
         "kind": kind,
         "controller": controller,
         "lawful_basis": lawful_basis,
@@ -162,6 +184,73 @@ def show_watchlist(
     with api_to(http, token_file, ca_file) as api:
         found = api.get(path_of("watchlists", gallery_id))
     (print_json if as_json else print_fields)(found)
+
+
+@watchlists.command("create")
+def create_watchlist(
+    gallery_id: str,
+    deployment: Annotated[str, typer.Option(help="The deployment that it is built for.")],
+    category: Annotated[list[str], typer.Option(help="Of the closed list (see /docs); repeat for more.")],
+    author: Annotated[str, typer.Option(help="Who built it.")],
+    controller: Annotated[str, typer.Option(help="Who is answerable for the data.")],
+    lawful_basis: Annotated[str, typer.Option(help="On which it is searched.")],
+    purpose: Annotated[str, typer.Option(help="What it is for.")],
+    retention: Annotated[str, typer.Option(help="It is destroyed after this at the latest: 12h, 3d.")],
+    size_max: Annotated[int, typer.Option(help="How many people its threshold was calibrated for.")],
+    space: Annotated[str, typer.Option(help=_SPACE)],
+    threshold: Annotated[float, typer.Option(help="Least score that is a candidate, in [-1, 1].")],
+    quality_min: QualityMin = 0.0,
+    resembles_max: ResemblesMax = 0,
+    adjudicators: Adjudicators = 1,
+    http: Http = HTTP_URL,
+    token_file: TokenFile = None,
+    ca_file: CaFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Build a watchlist for one deployment. Nothing is searched in it until somebody else has approved it."""
+    body: dict[str, Any] = {
+        "gallery_id": gallery_id,
+        "kind": "watchlist",
+        "controller": controller,
+        "lawful_basis": lawful_basis,
+        "purpose": purpose,
+        "retention_ms": duration_ms(retention, "retention"),
+        "space": space_from(space)._asdict(),
+        "threshold": threshold,
+        "quality_min": quality_min,
+        "resembles_max": resembles_max,
+        "size_max": size_max,
+        "adjudicators": adjudicators,
+        "watchlist": {"deployment_id": deployment, "categories": category, "author": author},
+    }
+    with api_to(http, token_file, ca_file) as api:
+        done = api.post(path_of("galleries"), body)
+    if as_json:
+        print_json(done)
+    else:
+        typer.echo(f"Built watchlist {gallery_id} (sequence {done['sequence']}); it waits for approval.")
+
+
+@watchlists.command("approve")
+def approve_watchlist(
+    gallery_id: str,
+    approved_by: Annotated[str, typer.Option(help="An authorising officer other than its author.")],
+    reason: Reason,
+    reopen: Annotated[bool, typer.Option("--reopen", help="Instead stop it being searched, to change it.")] = False,
+    http: Http = HTTP_URL,
+    token_file: TokenFile = None,
+    ca_file: CaFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let a watchlist be searched. While it is approved nobody is added to it."""
+    body = {"approved_by": approved_by, "reason": reason, "approved": not reopen}
+    with api_to(http, token_file, ca_file) as api:
+        done = api.post(path_of("watchlists", gallery_id, "approval"), body)
+    if as_json:
+        print_json(done)
+    else:
+        state = "is approved" if done["approved"] else "is open to change, and not searched"
+        typer.echo(f"Watchlist {gallery_id} {state} (sequence {done['sequence']}).")
 
 
 @spaces.command("list")

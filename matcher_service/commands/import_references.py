@@ -21,6 +21,7 @@ from matcher_service.commands.options import (
     space_from,
 )
 from matcher_service.commands.output import print_json
+from matcher_service.commands.times import now_ms, time_ms
 
 if TYPE_CHECKING:
     from matcher_service import importing
@@ -33,7 +34,8 @@ def import_references(
     file: Annotated[
         Path,
         typer.Argument(
-            help="An .npz or .parquet file: templates, reference_ids, subject_ids, and optionally expires_at_ms."
+            help="An .npz or .parquet file: templates, reference_ids, subject_ids, and optionally expires_at_ms and "
+            "review_by_ms."
         ),
     ],
     replace: Annotated[bool, typer.Option("--replace", help="Replace live references of the same id.")] = False,
@@ -41,6 +43,13 @@ def import_references(
     space: Annotated[
         str, typer.Option(help="Template space of the file NAME/VERSION/DIMENSION. Without: the gallery's.")
     ] = "",
+    source: Annotated[str, typer.Option(help="Where the pictures come from. Without: as the gallery says.")] = "",
+    lawful_basis: Annotated[str, typer.Option(help="Under which law they are held. Without: the gallery's.")] = "",
+    review: Annotated[
+        str, typer.Option(help="When their ground is reviewed: +90d, or a time. A column review_by_ms wins.")
+    ] = "",
+    category: Annotated[str, typer.Option(help="On a watchlist: one of its categories.")] = "",
+    entry_reason: Annotated[str, typer.Option("--reason", help="On a watchlist: why these people are on it.")] = "",
     window: Annotated[int, typer.Option(min=1, help="Most unanswered messages.")] = 16,
     server: Server = GRPC_ADDRESS,
     http: Http = HTTP_URL,
@@ -62,7 +71,7 @@ def import_references(
     from matcher_service import importing
     from matcher_service.commands.http_api import api_to, path_of
     from matcher_service.template_files import open_template_file
-    from matcher_service.terms import SpaceId
+    from matcher_service.terms import Grounds, SpaceId
 
     templates = open_template_file(file)
     with api_to(http, token_file, ca_file) as api:
@@ -106,6 +115,9 @@ def import_references(
             space_from(space) if space else SpaceId(**gallery["space"]),
             gallery_created_at_ms=gallery["created_at_ms"],
             replace=replace,
+            grounds=Grounds(
+                source, lawful_basis, time_ms(review, "review", now_ms()) if review else 0, category, entry_reason
+            ),
             on_bad_row=on_bad_row,
             on_progress=on_progress,
         )

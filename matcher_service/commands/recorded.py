@@ -48,13 +48,47 @@ def list_alerts(
                 print_json(one)
             return
         rows = [_alert_row(one) for one in found]
-    columns = ("raised_at_ms", "alert_id", "deployment", "probe_id", "subject_id", "gallery_id", "score")
+    columns = ("raised_at_ms", "state", "alert_id", "deployment", "probe_id", "subject_id", "gallery_id", "score")
     print_rows(rows, columns, "There are no alerts.")
 
 
 def _alert_row(alert: Mapping[str, Any]) -> dict[str, Any]:
     first = alert["candidates"][0] if alert["candidates"] else {}
     return {**alert, **first, "deployment": alert["deployment_id"] or alert["case_reference"]}
+
+
+@alerts.command("show")
+def show_alert(
+    alert_id: str,
+    http: Http = HTTP_URL,
+    token_file: TokenFile = None,
+    ca_file: CaFile = None,
+) -> None:
+    """An alert with what people made of it, as JSON."""
+    with api_to(http, token_file, ca_file) as api:
+        print_json(api.get(path_of("alerts", alert_id)))
+
+
+@alerts.command("adjudicate")
+def adjudicate_alert(
+    alert_id: str,
+    verdict: Annotated[str, typer.Argument(help="confirmed, rejected or inconclusive.")],
+    by: Annotated[str, typer.Option(help="Who looked.")],
+    reason: Reason,
+    evidence_reference: Annotated[str, typer.Option(help="Where the force's evidence system keeps it.")] = "",
+    http: Http = HTTP_URL,
+    token_file: TokenFile = None,
+    ca_file: CaFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Record what a trained person made of an alert."""
+    body = {"verdict": verdict, "by": by, "reason": reason, "evidence_reference": evidence_reference}
+    with api_to(http, token_file, ca_file) as api:
+        done = api.post(path_of("alerts", alert_id, "adjudications"), body)
+    if as_json:
+        print_json(done)
+    else:
+        typer.echo(f"Alert {alert_id} is {done['state']} after {len(done['adjudications'])} adjudications.")
 
 
 @alerts.command("watch")

@@ -9,6 +9,7 @@ import typer
 from matcher_service.commands.http_api import api_to, path_of
 from matcher_service.commands.options import HTTP_URL, AsJson, CaFile, Http, Reason, TokenFile
 from matcher_service.commands.output import print_fields, print_json, print_rows
+from matcher_service.commands.times import in_words, now_ms, time_ms
 
 references = typer.Typer(no_args_is_help=True, help="What is enrolled in a gallery.")
 subjects = typer.Typer(no_args_is_help=True, help="Everything held of a subject, over all galleries.")
@@ -98,6 +99,49 @@ def withdraw_subject(
     """Withdraw every live reference of a subject."""
     with api_to(http, token_file, ca_file) as api:
         done = api.delete(path_of("subjects", subject_id), reason=reason, gallery_id=gallery)
+    _print_withdrawn(done, as_json)
+
+
+@references.command("review")
+def review_reference(
+    gallery_id: str,
+    reference_id: str,
+    review: Annotated[str, typer.Option(help="When its ground is to be looked at next: +90d, or a time.")],
+    reviewed_by: Annotated[str, typer.Option(help="Who looked.")],
+    reason: Reason,
+    http: Http = HTTP_URL,
+    token_file: TokenFile = None,
+    ca_file: CaFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Keep a reference until its next review, because its lawful ground still stands."""
+    body = {"review_by_ms": time_ms(review, "review", now_ms()), "reviewed_by": reviewed_by, "reason": reason}
+    with api_to(http, token_file, ca_file) as api:
+        done = api.post(path_of("galleries", gallery_id, "references", reference_id, "review"), body)
+    if as_json:
+        print_json(done)
+    else:
+        typer.echo(f"Kept {reference_id} until {in_words(body['review_by_ms'])} (sequence {done['sequence']}).")
+
+
+@subjects.command("ground-ended")
+def end_ground(
+    subject_id: str,
+    ground: Annotated[
+        str,
+        typer.Argument(help="no_further_action, acquitted, conviction_quashed, deletion_granted or enrolled_in_error."),
+    ],
+    reason: Reason,
+    gallery: Annotated[str, typer.Option(help="In this gallery only; without it, in every custody gallery.")] = "",
+    http: Http = HTTP_URL,
+    token_file: TokenFile = None,
+    ca_file: CaFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """End the searchability of a subject's references, because their lawful ground has ended."""
+    body = {"ground": ground, "reason": reason, "gallery_id": gallery}
+    with api_to(http, token_file, ca_file) as api:
+        done = api.post(path_of("subjects", subject_id, "ground-ended"), body)
     _print_withdrawn(done, as_json)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from datetime import UTC, datetime
 
 _UNITS_MS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000, "w": 7 * 86_400_000}
@@ -39,6 +40,11 @@ def time_ms(text: str, field: str, now_ms: int) -> int:
             hint="write 2026-03-01T08:00:00Z (with Z or an offset), +12h from now, or now",
         )
     return round(at.timestamp() * 1000)
+
+
+def now_ms() -> int:
+    """The time of day, as milliseconds since 1970."""
+    return time.time_ns() // 1_000_000
 
 
 def in_words(at_ms: int) -> str:

@@ -19,6 +19,7 @@ from matcher_service.terms import (
     Dtype,
     EnrolMessage,
     Float32,
+    Grounds,
     Int64,
     ProbeMessage,
     SpaceId,
@@ -29,6 +30,8 @@ Message = TypeVar("Message", pb.IdentifyRequest, pb.EnrolRequest, pb.WithdrawReq
 
 GALLERIES_PER_MESSAGE_MAX = 256
 TRACEPARENT_BYTES_MAX = 128
+GROUND_BYTES_MAX = 1024
+NO_GROUNDS = Grounds()
 
 _DTYPES = {pb.FLOAT32: Dtype.FLOAT32, pb.FLOAT16: Dtype.FLOAT16}
 _LITTLE_ENDIAN: dict[Dtype, np.dtype[Any]] = {Dtype.FLOAT32: np.dtype("<f4"), Dtype.FLOAT16: np.dtype("<f2")}
@@ -199,7 +202,50 @@ def enrol_message(
         message_id=request.message_id,
         received_at=received_at,
         remaining_s=remaining_s,
+        grounds=_grounds(request.grounds, len(reference_ids)) if request.HasField("grounds") else NO_GROUNDS,
     )
+
+
+def _grounds(sent: pb.Grounds, count: int) -> Grounds:
+    return checked_grounds(
+        Grounds(
+            source=sent.source,
+            lawful_basis=sent.lawful_basis,
+            review_by_ms=sent.review_by_ms,
+            category=sent.category,
+            reason=sent.reason,
+            sources=tuple(sent.sources),
+            lawful_bases=tuple(sent.lawful_bases),
+            reviews_by_ms=tuple(sent.reviews_by_ms),
+            categories=tuple(sent.categories),
+            reasons=tuple(sent.reasons),
+            qualities=tuple(sent.qualities),
+        ),
+        count,
+    )
+
+
+def checked_grounds(grounds: Grounds, count: int) -> Grounds:
+    """Raises InvalidInput for a column that is not parallel to the references, or a text that is too long."""
+    for field in ("sources", "lawful_bases", "reviews_by_ms", "categories", "reasons", "qualities"):
+        column = getattr(grounds, field)
+        if column:
+            check_parallel(len(column), count, f"grounds.{field}")
+    for field in ("source", "lawful_basis", "category", "reason"):
+        _check_text(getattr(grounds, field), f"grounds.{field}")
+    for field in ("sources", "lawful_bases", "categories", "reasons"):
+        for row, text in enumerate(getattr(grounds, field)):
+            _check_text(text, f"{field}[{row}]")
+    for row, review_by_ms in enumerate((grounds.review_by_ms, *grounds.reviews_by_ms)):
+        if review_by_ms < 0:
+            field = f"reviews_by_ms[{row - 1}]" if row else "grounds.review_by_ms"
+            raise InvalidInput("a time before 1970", field=field, hint="milliseconds since 1970-01-01T00:00:00Z")
+    return grounds
+
+
+def _check_text(text: str, field: str) -> None:
+    if len(text) > GROUND_BYTES_MAX or (not text.isascii() and len(text.encode(errors="replace")) > GROUND_BYTES_MAX):
+        raise InvalidInput("the text is too long", field=field, hint=f"at most {GROUND_BYTES_MAX} bytes")
 
 
 def checked_enrol_message(
@@ -217,6 +263,7 @@ def checked_enrol_message(
     message_id: str,
     received_at: float,
     remaining_s: float | None,
+    grounds: Grounds = NO_GROUNDS,
 ) -> EnrolMessage:
     """The checks that both codecs share."""
     check_id(gallery_id, "gallery_id", limits)
@@ -236,6 +283,7 @@ def checked_enrol_message(
         # A durable write is worth waiting for: only the transport's deadline shortens the longest one.
         deadline=deadline_at(limits.deadline_ms_max, limits, received_at, remaining_s),
         message_id=message_id,
+        grounds=grounds,
     )
 
 

@@ -7,6 +7,7 @@ in a template they reject that probe only.
 from __future__ import annotations
 
 import binascii
+import math
 import re
 from base64 import b64decode
 from collections.abc import Iterator, Sequence
@@ -41,15 +42,18 @@ from matcher_service.terms import (
     EnrolMessage,
     Float32,
     Gallery,
+    Grounds,
     ProbeMessage,
     RateChange,
     ScoreTable,
     SpaceId,
     SpaceMap,
     TemplateSpace,
+    Watchlist,
 )
 
 AnyBody = TypeVar("AnyBody", bound=Body)
+T = TypeVar("T")
 
 # A caller chooses the names of unknown fields; what is repeated of them is bounded.
 FIELD_NAME_MAX = 200
@@ -95,12 +99,21 @@ def path(location: Sequence[str | int]) -> str:
 
 
 # Where a field of the wire messages stands in a JSON body: one object per row instead of parallel columns.
-_COLUMN = re.compile(r"(templates|captured_at_ms|probe_ids|reference_ids|subject_ids|expires_at_ms)\[(\d+)\]")
+_COLUMN = re.compile(
+    r"(templates|captured_at_ms|probe_ids|reference_ids|subject_ids|expires_at_ms"
+    r"|sources|lawful_bases|reviews_by_ms|categories|reasons|qualities)\[(\d+)\]"
+)
 _IN_A_ROW = {
     "templates": "template",
     "probe_ids": "probe_id",
     "reference_ids": "reference_id",
     "subject_ids": "subject_id",
+    "sources": "source",
+    "lawful_bases": "lawful_basis",
+    "reviews_by_ms": "review_by_ms",
+    "categories": "category",
+    "reasons": "reason",
+    "qualities": "quality",
 }
 
 
@@ -179,10 +192,37 @@ def enrol_message(
         message_id=sent.message_id,
         received_at=received_at,
         remaining_s=None,
+        grounds=_grounds(sent),
     )
 
 
-def gallery(data: bytes) -> Gallery:
+def _grounds(sent: EnrolBody) -> Grounds:
+    rows = sent.references
+    columns = Grounds(
+        source=sent.source,
+        lawful_basis=sent.lawful_basis,
+        review_by_ms=sent.review_by_ms,
+        category=sent.category,
+        reason=sent.reason,
+        sources=_column([one.source for one in rows]),
+        lawful_bases=_column([one.lawful_basis for one in rows]),
+        reviews_by_ms=_column([one.review_by_ms for one in rows]),
+        categories=_column([one.category for one in rows]),
+        reasons=_column([one.reason for one in rows]),
+        qualities=tuple(math.nan if one.quality is None else one.quality for one in rows)
+        if any(one.quality is not None for one in rows)
+        else (),
+    )
+    return decode.checked_grounds(columns, len(rows))
+
+
+def _column(values: list[T]) -> tuple[T, ...]:
+    """Nothing for a column that says nothing."""
+    return tuple(values) if any(values) else ()
+
+
+def gallery(data: bytes, author: str = "") -> Gallery:
+    """`author` is who signed in: the author of a watchlist is then that person, whatever the body says."""
     sent = body(GalleryBody, data)
     return Gallery(
         gallery_id=sent.gallery_id,
@@ -193,6 +233,16 @@ def gallery(data: bytes) -> Gallery:
         retention_ms=sent.retention_ms,
         space=_space(sent.space),
         threshold=sent.threshold,
+        retention_rule=sent.retention_rule,
+        review_interval_ms=sent.review_interval_ms,
+        source=sent.source,
+        quality_min=sent.quality_min,
+        resembles_max=sent.resembles_max,
+        size_max=sent.size_max,
+        adjudicators=sent.adjudicators,
+        watchlist=None
+        if sent.watchlist is None
+        else Watchlist(sent.watchlist.deployment_id, tuple(sent.watchlist.categories), author or sent.watchlist.author),
     )
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from matcher_service import grounds
 from matcher_service.errors import MatcherError
 from matcher_service.gateway.decode_json import field_in_body
 from matcher_service.gateway.encode import in_words
 from matcher_service.records import space_id_dict
-from matcher_service.terms import Alert, Candidate, Decision, IdentifyReply, Outcome, Receipt, Reference
+from matcher_service.terms import Alert, Candidate, Decision, Gallery, IdentifyReply, Outcome, Receipt, Reference
 
 Document = dict[str, Any]
 
@@ -98,9 +99,11 @@ def withdrawn(receipt: Receipt) -> Document:
     }
 
 
-def reference(reference: Reference) -> Document:
-    """What is held of a reference; its template never leaves."""
-    return reference._asdict()
+def reference(reference: Reference, gallery: Gallery | None) -> Document:
+    """What is held of a reference, and what it rests on; its template never leaves."""
+    document = reference._asdict()
+    del document["attributes"]
+    return document | grounds.described(reference, gallery)
 
 
 def alert(alert: Alert) -> Document:
@@ -116,6 +119,8 @@ def alert(alert: Alert) -> Document:
         "sequence": alert.sequence,
         "policy_version": alert.policy_version,
         "complete": alert.complete,
+        "state": alert.state,
+        "adjudications": [one._asdict() for one in alert.adjudications],
     }
 
 

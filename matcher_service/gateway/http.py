@@ -17,9 +17,11 @@ from matcher_service.gateway import (
     decode_json,
     encode_json,
     http_access,
+    http_alert_stream,
     http_audit,
     http_catalogue,
     http_description,
+    http_lawful,
     http_operation,
     http_records,
     http_references,
@@ -142,6 +144,9 @@ def build_http_app(service: Service) -> ASGIApp:
         http_operation.router(service),
     ):
         app.include_router(router)
+    app.include_router(http_alert_stream.router(service))
+    if service.alert_records is not None:
+        app.include_router(http_lawful.router(service, service.alert_records))
     if service.proofs is not None:
         app.include_router(http_audit.router(service.proofs))
     http_description.add_to(app)

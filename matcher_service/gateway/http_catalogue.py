@@ -66,7 +66,7 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/galleries", openapi_extra=documented(GalleryBody), tags=["galleries"], status_code=201)
     async def create_gallery(request: Request, query: Annotated[NoQuery, Query()]) -> Response:
         """Create a gallery under one lawful basis, in one registered template space."""
-        gallery = decode_json.gallery(await sent(request))
+        gallery = decode_json.gallery(await sent(request), actor_of(request).person)
         return await changed(CreateGallery(gallery), request, 201, gallery_id=gallery.gallery_id)
 
     @routes.get("/v1/galleries", tags=["galleries"])
@@ -139,8 +139,15 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/v1/deployments/{deployment_id}/end", tags=["authority"])
     async def end_deployment(deployment_id: str, request: Request, query: Annotated[NoQuery, Query()]) -> Response:
-        """From now on nothing is searched under it."""
-        return await changed(EndDeployment(deployment_id), request, deployment_id=deployment_id)
+        """From now on nothing is searched under it, and its watchlists are destroyed with their keys."""
+        lists = [
+            one.gallery_id
+            for one in _sorted(catalogue.galleries)
+            if one.watchlist is not None and one.watchlist.deployment_id == deployment_id
+        ]
+        return await changed(
+            EndDeployment(deployment_id), request, deployment_id=deployment_id, destroyed_watchlists=lists
+        )
 
     @routes.post("/v1/cases", openapi_extra=documented(CaseBody), tags=["authority"], status_code=201)
     async def create_case(request: Request, query: Annotated[NoQuery, Query()]) -> Response:

@@ -71,7 +71,9 @@ def router(service: Service) -> APIRouter:
         found = await service.log.references(gallery_id, query.after, query.limit)
         return json_response(
             {
-                "references": [encode_json.reference(one) for one in found],
+                "references": [
+                    encode_json.reference(one, service.catalogue.galleries.get(one.gallery_id)) for one in found
+                ],
                 "next_after": found[-1].reference_id if len(found) == query.limit else None,
             }
         )
@@ -87,7 +89,7 @@ def router(service: Service) -> APIRouter:
             raise NotFound(
                 "no such live reference", field="reference_id", hint="it was never enrolled, or has been withdrawn"
             )
-        return json_response(encode_json.reference(found))
+        return json_response(encode_json.reference(found, service.catalogue.galleries.get(gallery_id)))
 
     @routes.delete("/v1/galleries/{gallery_id}/references/{reference_id}")
     async def withdraw_reference(
@@ -108,7 +110,14 @@ def router(service: Service) -> APIRouter:
         """Every live reference of a subject, over all galleries that the caller has rights over."""
         actor = actor_of(request)
         found = [one for one in await service.log.subject(subject_id) if actor.has_rights_over(one.gallery_id)]
-        return json_response({"subject_id": subject_id, "references": [encode_json.reference(one) for one in found]})
+        return json_response(
+            {
+                "subject_id": subject_id,
+                "references": [
+                    encode_json.reference(one, service.catalogue.galleries.get(one.gallery_id)) for one in found
+                ],
+            }
+        )
 
     @routes.delete("/v1/subjects/{subject_id}")
     async def withdraw_subject(

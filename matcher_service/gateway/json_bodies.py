@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
-from matcher_service.terms import GalleryKind
+from matcher_service.terms import Category, GalleryKind, GroundEnd, Verdict
 
 UINT32_MAX = 2**32 - 1
 INT64_MAX = 2**63 - 1
@@ -72,6 +72,12 @@ class ReferenceBody(Body):
     subject_id: str
     template: Numbers
     expires_at_ms: Milliseconds = 0
+    source: str = Field("", description="Where the picture comes from; empty: the message's, else the gallery's.")
+    lawful_basis: str = ""
+    review_by_ms: Milliseconds = 0
+    category: str = Field("", description="On a watchlist: one of its categories.")
+    reason: str = Field("", description="On a watchlist: why.")
+    quality: float | None = Field(None, description="From 0 to 1, as /v1/templates measures it.")
 
 
 class EnrolBody(Body):
@@ -81,6 +87,19 @@ class EnrolBody(Body):
     idempotency_key: str = Field("", description="Repeating a message with its key changes nothing.")
     replace: bool = Field(False, description="Replace live references of the same reference_id.")
     message_id: str = Field("", description="Echoed in the reply.")
+    source: str = Field("", description="Of every reference that names none itself; so for the fields below.")
+    lawful_basis: str = ""
+    review_by_ms: Milliseconds = 0
+    category: str = ""
+    reason: str = ""
+
+
+class WatchlistBody(Body):
+    deployment_id: str = Field(description="The deployment, yet to begin or to be created, that it is built for.")
+    categories: list[Annotated[Category, Field(strict=False)]] = Field(
+        description="The closed list that its entries come from."
+    )
+    author: str = Field("", description="Who built it; for a person who signed in, always that person.")
 
 
 class GalleryBody(Body):
@@ -92,6 +111,41 @@ class GalleryBody(Body):
     retention_ms: int = Field(ge=1, le=INT64_MAX, description="Longest life of a reference from its enrolment.")
     space: SpaceBody
     threshold: float = Field(description="Least score, in [-1, 1], that is a candidate.")
+    retention_rule: str = Field("", description="The rule that the retention and the review interval come from.")
+    review_interval_ms: int = Field(0, ge=0, le=INT64_MAX, description="Until a review is due; 0: the retention.")
+    source: str = Field("", description="Where references come from that do not say; empty: the controller's records.")
+    quality_min: float = Field(0.0, description="Least quality, from 0 to 1, of a reference; 0: none is asked for.")
+    resembles_max: int = Field(
+        0, description="A reference that resembles more other subjects at the threshold is refused; 0: no check."
+    )
+    size_max: int = Field(0, description="References that the threshold was calibrated for; 0: unlimited.")
+    adjudicators: int = Field(1, description="People who must judge an alert: 1 or 2.")
+    watchlist: WatchlistBody | None = Field(None, description="For a gallery of kind watchlist, and for no other.")
+
+
+class ApprovalBody(Body):
+    approved_by: str = Field("", description="Not its author; for a person who signed in, always that person.")
+    reason: str
+    approved: bool = Field(True, description="false: reopen it, so that it can be changed.")
+
+
+class GroundEndBody(Body):
+    ground: GroundEnd = Field(strict=False)
+    reason: str
+    gallery_id: str = Field("", description="Empty: in every custody gallery.")
+
+
+class ReviewBody(Body):
+    review_by_ms: Milliseconds = Field(description="When the ground is to be looked at next.")
+    reviewed_by: str = Field("", description="For a person who signed in, always that person.")
+    reason: str = Field(description="Why the ground still stands.")
+
+
+class AdjudicationBody(Body):
+    verdict: Verdict = Field(strict=False)
+    reason: str
+    by: str = Field("", description="Who looked; for a person who signed in, always that person.")
+    evidence_reference: str = Field("", description="Where the force's evidence system keeps what was looked at.")
 
 
 class RateChangeBody(Body):
@@ -201,6 +255,10 @@ BODIES: tuple[type[Body], ...] = (
     TemplateSpaceBody,
     DeploymentBody,
     CaseBody,
+    ApprovalBody,
+    GroundEndBody,
+    ReviewBody,
+    AdjudicationBody,
     CredentialBody,
     RotationBody,
     ReasonBody,

@@ -15,7 +15,7 @@ from matcher_service.catalogue import Catalogue
 from matcher_service.errors import MatcherError
 from matcher_service.metrics import Metrics
 from matcher_service.models.embedder.outcome import TemplateMaker
-from matcher_service.seams import AuditProofs, Clock, GalleryLog
+from matcher_service.seams import AlertRecords, AuditProofs, Clock, GalleryLog
 from matcher_service.settings import Settings
 from matcher_service.terms import Actor, Alert, EnrolMessage, IdentifyReply, ProbeMessage, Receipt, Write
 
@@ -47,8 +47,8 @@ class Service:
     `identify` and `enrol` answer row by row otherwise. `withdraw` takes (gallery_id, reference_ids, reason,
     actor), `withdraw_subject` (gallery_id or "", subject_id, reason, actor). `log` is only read here.
     `ready` says whether requests can be served and, if not, why. `templates` is None where no embedder is configured,
-    `proofs` where the log gives none. `approve` takes (proposal_id, reason, actor); it and `tokens` are None where
-    nobody but the loopback token is let in.
+    `proofs` and `alert_records` where the log gives none. `approve` takes (proposal_id, reason, actor); it and
+    `tokens` are None where nobody but the loopback token is let in.
     """
 
     identify: Callable[[ProbeMessage], Awaitable[IdentifyReply]]
@@ -66,5 +66,6 @@ class Service:
     credentials: Credentials
     templates: TemplateMaker | None = None
     proofs: AuditProofs | None = None
+    alert_records: AlertRecords | None = None
     approve: Callable[[str, str, Actor], Awaitable[Receipt]] | None = None
     tokens: EdgeTokens | None = None

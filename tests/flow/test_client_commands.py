@@ -73,7 +73,10 @@ def test_the_whole_of_an_operation_from_the_command_line(shell: Shell, tmp_path:
     assert shell.json("spaces", "register", f"test/1/{D}", f"--centre={tmp_path / 'centre.npy'}")["sequence"] == 1
     assert shell.json("spaces", "list") == {"spaces": [{"name": "test", "version": 1, "dimension": D}]}
     assert shell.json("galleries", "create", "custody", "--kind=custody", *GALLERY)["gallery_id"] == "custody"
-    shell.json("galleries", "create", "wanted", "--kind=watchlist", *GALLERY)
+    shell.json(
+        "watchlists", "create", "wanted", "--deployment=op", "--category=wanted_on_warrant", "--author=DC Hall",
+        "--size-max=100", *GALLERY,
+    )  # fmt: skip
     assert [one["gallery_id"] for one in shell.json("galleries", "list")["galleries"]] == ["custody", "wanted"]
     assert [one["gallery_id"] for one in shell.json("watchlists", "list")["watchlists"]] == ["wanted"]
     assert shell.json("galleries", "show", "custody")["retention_ms"] == 30 * 86_400_000
@@ -97,8 +100,19 @@ def test_the_whole_of_an_operation_from_the_command_line(shell: Shell, tmp_path:
         "template": pa.FixedSizeListArray.from_arrays(pa.array(templates[200:].ravel()), D),
     }
     pq.write_table(pa.table(columns), parquet, row_group_size=30)
-    assert shell.json("import", "wanted", str(parquet))["enrolled"] == 100
-    assert shell.json("import", "wanted", str(parquet), "--replace")["replaced"] == 100
+    entries = ("--category=wanted_on_warrant", "--reason=warrants of May", "--source=custody suite 4")
+    code, _, err = shell("import", "wanted", str(parquet))
+    assert code == 1
+    assert "an entry of a watchlist without a" in err
+    (tmp_path / "wanted.parquet.wanted.progress").unlink(missing_ok=True)
+    assert shell.json("import", "wanted", str(parquet), *entries)["enrolled"] == 100
+    assert shell.json("import", "wanted", str(parquet), "--replace", *entries)["replaced"] == 100
+    code, _, err = shell("watchlists", "approve", "wanted", "--approved-by=dc hall", "--reason=checked")
+    assert (code, "cannot approve it" in err) == (1, True)
+    assert shell.json("watchlists", "approve", "wanted", "--approved-by=Supt. Gray", "--reason=checked")["approved"]
+    review = ("--review=+20d", "--reviewed-by=Sgt. Low", "--reason=charged")
+    shell.json("references", "review", "custody", "r007", *review)
+    assert shell.json("references", "show", "custody", "r007")["source"] == "records of a force"
 
     held = shell.json("references", "list", "custody", "--limit=0")
     assert [one["reference_id"] for one in held] == [one for one in ids[:200] if one != "r005"]
@@ -138,7 +152,13 @@ def test_the_whole_of_an_operation_from_the_command_line(shell: Shell, tmp_path:
     code, out, _ = shell("alerts", "list", "--limit=1")
     assert (code, len(out.splitlines())) == (0, 2)
 
+    # Adjudication.
+    alert_id = shell.json("alerts", "list", "--limit=1")["alert_id"]
+    shell.json("alerts", "adjudicate", alert_id, "rejected", "--by=PC Ames", "--reason=another person")
+    assert json.loads(shell("alerts", "show", alert_id)[1])["state"] == "rejected"
+
     # Withdrawal, end and deletion.
+    assert len(shell.json("subjects", "ground-ended", "s66", "acquitted", "--reason=Crown Court")["withdrawn"]) == 2
     assert shell.json("references", "withdraw", "custody", "r000", "--reason=court order")["withdrawn"] == [
         {"gallery_id": "custody", "reference_id": "r000"}
     ]
@@ -147,10 +167,12 @@ def test_the_whole_of_an_operation_from_the_command_line(shell: Shell, tmp_path:
     assert code == 1
     assert "NOT_FOUND" in err
     shell.json("deployments", "end", "op")
-    code, out, _ = shell("edge", str(probes), "--deployment=op")
+    code, out, err = shell("edge", str(probes), "--deployment=op")
     assert code == 1
-    assert "4 rejected" in out
-    assert "sequence" in shell.json("galleries", "delete", "wanted", "--reason=over", "--yes")
+    assert "4 rejected" in out, err
+    # Its watchlist went with the deployment.
+    code, _, err = shell("galleries", "delete", "wanted", "--reason=over", "--yes")
+    assert (code, "UNKNOWN_GALLERY" in err) == (1, True)
     assert [one["gallery_id"] for one in shell.json("galleries", "list")["galleries"]] == ["custody"]
 
     # The audit holds, and what an earlier checkpoint covers is in it still; it can be checked without the service.

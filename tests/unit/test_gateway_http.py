@@ -300,6 +300,7 @@ async def test_paths_hold_what_the_interface_promises(client: httpx.AsyncClient)
         "/v1/cases/{case_reference}",
         "/v1/cases/{case_reference}/end",
         "/v1/alerts",
+        "/v1/alerts/stream",
         "/v1/audit",
         "/v1/templates",
         "/v1/credentials",
