@@ -112,6 +112,7 @@ class Identify:
     async def __call__(self, message: ProbeMessage) -> IdentifyReply:
         """Answer every probe of the message once; raises MatcherError if the message as a whole is refused."""
         plan, judged, now_ms = self._judged(message)
+        self._conduct.admit(message, plan.kinds)
         watched = self._live_scores.choose(message)
         with self._admitted(message) as permit:
             await self._replay.reached(message.min_sequence, message.deadline)
@@ -148,6 +149,8 @@ class Identify:
             )
             if alerts or message.case_reference:
                 decisions = await self._audited(message, plan, decisions, alerts)
+            if not missing:
+                self._conduct.completed(message, plan.kinds)
             if watched is not None and decisions[watched].outcome is Outcome.NO_CANDIDATE:
                 lane = Lane(plan.source, plan.target, plan.gallery_ids)
                 table = self._catalogue.spaces[plan.target].score_table

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from matcher_service.bootstrap import Running, running
-from matcher_service.client import MatcherClient, ProbeAnswer, Probes, ReferenceReceipt, References
+from matcher_service.client import MatcherClient, ProbeAnswer, Probes, ReferenceReceipt, References, Tls
 from matcher_service.seams import Clock
 from matcher_service.settings import Settings, load
 from matcher_service.terms import (
@@ -124,9 +124,9 @@ class WholeService:
 
 @asynccontextmanager
 async def whole_service(
-    data_dir: Path, clock: Clock | None = None, **sections: dict[str, Any]
+    data_dir: Path, clock: Clock | None = None, client_tls: Tls | None = None, **sections: dict[str, Any]
 ) -> AsyncIterator[WholeService]:
     async with running(settings_for(data_dir, **sections), clock) as service:
-        async with MatcherClient(f"127.0.0.1:{service.grpc_port}", service.token) as client:
+        async with MatcherClient(f"127.0.0.1:{service.grpc_port}", service.token, tls=client_tls) as client:
             yield WholeService(service, client)
         assert not service.failed.is_set()
