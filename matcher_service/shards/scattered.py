@@ -127,6 +127,7 @@ class Scattered:
         self._answer_within_s = answer_within_s
         self._turn = itertools.count()
         self._asked: set[_Asked] = set()
+        self._engine_seconds = metrics.station_seconds.labels("shard_engine")
         self._news = asyncio.Condition()
         self._awaited = 0
         self._hurry = asyncio.Event()
@@ -205,6 +206,7 @@ class Scattered:
         except CallerFault as fault:
             return fault
         one.learn(answer.state)
+        self._engine_seconds.observe(answer.state.searched_us / 1e6)
         reason = unfit(answer.state, request.min_sequence)
         counted(reason or "counted").inc()
         return None if reason else answer

@@ -1,0 +1,269 @@
+"""What gateway and Triton cost beside the same engine called in process: `python -m benchmarks.cluster --help`.
+
+PostgreSQL, one Triton server with one shard of all references, one gateway, each a real process; and in this process
+the same engine over the same log. Both are driven with the same probes in turns, each turn of one between two of the
+other, so that what else the machine does falls on both. The answers are compared before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+# Before numpy is loaded, as `matcher serve` and the shard do: the scans share their work among threads of their own.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import httpx
+import numpy as np
+import uvloop
+from numpy.typing import NDArray
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
+
+from benchmarks import closed_loop
+from benchmarks.galleries import gallery, probes
+from benchmarks.served import Service, enrol, prepare, service
+from matcher_service.clock import SystemClock
+from matcher_service.gallery.postgres import open_postgres_log
+from matcher_service.index.fastscan import one_thread
+from matcher_service.partitions import ALL_PARTITIONS
+from matcher_service.settings import IndexSettings, StorageSettings
+from matcher_service.shards.exchange import MODEL
+from matcher_service.shards.local import LocalShard
+from matcher_service.terms import SearchRequest, SpaceId
+from matcher_service.wire import matcher_pb2 as pb
+from tests.cluster.farm import Farm, farm
+from tests.cluster.served_postgres import CannotServe as NoPostgres
+from tests.cluster.server_environment import CannotServe
+from tests.cluster.server_environment import prepare as server_environment
+
+GALLERY = "watchlist"
+MATE_COSINE = 0.8
+# The gateway's own stations, in the order of the flow; what is left of a batch is sockets, framing and waiting.
+STATIONS = ("policy", "template_adapter", "shards", "shard_engine", "audit")
+
+
+class Row(NamedTuple):
+    """Rates in probes/s, the median over the rounds; `stations_ms` per batch, as the gateway measured them. Of
+    `shards`, the call of the shard as the gateway sees it, `shard_engine` is the search itself."""
+
+    path: str
+    references: int
+    dimension: int
+    batch: int
+    threshold: float
+    probes_per_second: float
+    engine_probes_per_second: float
+    ratio: float
+    stations_ms: dict[str, float]
+
+
+async def replayed(made: Farm, folder: Path, notes: Console) -> LocalShard:
+    """The engine in this process, with all that the log holds."""
+    log = await open_postgres_log(made.log_url, made.keys_dir, StorageSettings(), SystemClock(), read_only=True)
+    try:
+        shard = await LocalShard.open(folder, log.keyring.key, IndexSettings(), SystemClock())
+        while entries := await log.read(shard.applied_sequence, 4096):
+            await shard.apply(entries)
+    finally:
+        await log.close()
+    return shard
+
+
+async def settled(shard: LocalShard, seconds: float) -> None:
+    """Until upkeep has nothing more to do; the shard on Triton has as long for its own."""
+    until = time.monotonic() + seconds
+    while True:
+        more = (await shard.maintain()).more
+        if not more and time.monotonic() >= until:
+            return
+        await asyncio.sleep(0 if more else 0.2)
+
+
+def requests(vectors: NDArray[np.float32], batch: int, threshold: float) -> list[SearchRequest]:
+    at_ms = SystemClock().wall_ms()
+    return [
+        SearchRequest(
+            (GALLERY,),
+            np.ascontiguousarray(vectors[first : first + batch]),
+            np.full((batch, 1), threshold, np.float32),
+            np.ones(batch, np.int64),
+            at_ms,
+        )
+        for first in range(0, len(vectors), batch)
+    ]
+
+
+async def engine_rate(shard: LocalShard, asked: list[SearchRequest], seconds: float) -> float:
+    """Probes/s of one caller after whose answer comes the next call."""
+    began, done = time.perf_counter(), 0
+    while (now := time.perf_counter()) - began < seconds or not done:
+        done += len((await shard.search(asked[(done // len(asked[0].probes)) % len(asked)])).offsets) - 1
+    return done / (time.perf_counter() - began) if now else 0.0
+
+
+async def cluster_rate(args: argparse.Namespace, served: Service, bodies: list[bytes]) -> float:
+    driven = await closed_loop.over_grpc_streams(
+        served.grpc_address,
+        served.token,
+        bodies,
+        seconds=args.seconds,
+        streams=args.streams,
+        window=args.window,
+        warm_up_s=args.warm_up,
+    )
+    return closed_loop.answered_probes(driven.replies, closed_loop.protobuf_outcomes) / driven.seconds
+
+
+def station_sums(served: Service) -> dict[str, tuple[float, float]]:
+    """Seconds and count of each station so far."""
+    text = httpx.get(f"{served.http_address}/metrics").text
+    sums: dict[str, dict[str, float]] = {}
+    for family in text_string_to_metric_families(text):
+        if family.name == "matcher_station_seconds":
+            for sample in family.samples:
+                if sample.name.endswith(("_sum", "_count")):
+                    sums.setdefault(sample.labels["station"], {})[sample.name.rsplit("_", 1)[1]] = sample.value
+    return {station: (one["sum"], one["count"]) for station, one in sums.items()}
+
+
+async def compare(
+    shard: LocalShard, served: Service, space: SpaceId, vectors: NDArray[np.float32], threshold: float
+) -> int:
+    """How many of these probes are found by both, which must agree. Raises RuntimeError."""
+    (request,) = requests(vectors, len(vectors), threshold)
+    expected = await shard.search(request)
+    async with closed_loop.clear_channel(served.grpc_address) as channel:
+        call = channel.unary_unary(closed_loop.UNARY_METHOD)
+        body = closed_loop.protobuf_request(space, vectors)
+        reply = pb.IdentifyReply.FromString(await call(body, metadata=closed_loop.bearer(served.token)))
+    got = [[(one.reference_id, np.float32(one.score)) for one in decision.candidates] for decision in reply.decisions]
+    wanted = [
+        list(zip(expected.reference_ids[first:last], expected.scores[first:last], strict=True))
+        for first, last in zip(expected.offsets[:-1], expected.offsets[1:], strict=True)
+    ]
+    if got != wanted or reply.missing:
+        raise RuntimeError(f"gateway and engine differ; missing: {list(reply.missing)}")
+    return sum(map(bool, got))
+
+
+async def measure(args: argparse.Namespace, made: Farm, folder: Path, notes: Console) -> list[Row]:
+    space = SpaceId("bench", 1, args.dimension)
+    stored = gallery("isotropic", args.references, args.dimension, args.seed)
+    mated = probes(stored, "isotropic", 64, MATE_COSINE, args.seed + 1, mated=0.5)
+    # Nobody of the watchlist passes by while it is timed: alerts would time the disk under the audit instead.
+    strangers = np.random.default_rng(args.seed + 2).standard_normal((64 * max(args.batch), args.dimension), np.float32)
+    strangers /= np.linalg.norm(strangers, axis=1, keepdims=True)
+    rows = []
+    for batch in args.batch:
+        settings = {
+            **made.environment([[made.replica(0, MODEL)]]),
+            "MATCHER_BATCHING__BATCH_PROBES_MAX": str(batch),
+            "MATCHER_LOG_LEVEL": "error",
+        }
+        with service(folder / f"gateway-{batch}", settings=settings) as served:
+            if batch == args.batch[0]:
+                prepare(served, space, {GALLERY: args.threshold})
+                notes.print(f"enrolling {args.references:,} references")
+                await enrol(served, space, GALLERY, stored)
+                shard = await replayed(made, folder / "engine", notes)
+                await settled(shard, args.settle)
+            found = await compare(shard, served, space, mated.vectors, args.threshold)
+            notes.print(f"batch {batch}: gateway and engine agree on {len(mated.vectors)} probes, {found} found")
+            asked = requests(strangers, batch, args.threshold)
+            bodies = [closed_loop.protobuf_request(space, one.probes) for one in asked]
+            await cluster_rate(args, served, bodies)
+            before, rates, ratios = station_sums(served), [], []
+            engine = [await engine_rate(shard, asked, args.seconds)]
+            for _ in range(args.rounds):
+                rates.append(await cluster_rate(args, served, bodies))
+                engine.append(await engine_rate(shard, asked, args.seconds))
+                ratios.append(rates[-1] / ((engine[-2] + engine[-1]) / 2))
+            after = station_sums(served)
+            rows.append(
+                Row(
+                    "grpc stream",
+                    args.references,
+                    args.dimension,
+                    batch,
+                    args.threshold,
+                    statistics.median(rates),
+                    statistics.median(engine),
+                    statistics.median(ratios),
+                    {name: _mean_ms(before.get(name, (0, 0)), after.get(name, (0, 0))) for name in STATIONS},
+                )
+            )
+    await shard.close()
+    return rows
+
+
+def _mean_ms(before: tuple[float, float], after: tuple[float, float]) -> float:
+    count = after[1] - before[1]
+    return (after[0] - before[0]) / count * 1000 if count else 0.0
+
+
+def markdown(rows: list[Row]) -> str:
+    lines = [
+        "| batch | gateway + Triton, probes/s | engine in process, probes/s | ratio |",
+        "|--:|--:|--:|--:|",
+        *(
+            f"| {row.batch} | {row.probes_per_second:,.0f} | {row.engine_probes_per_second:,.0f} | {row.ratio:.2f} |"
+            for row in rows
+        ),
+        "",
+        f"| ms per batch | {' | '.join(STATIONS)} | between gateway and engine |",
+        f"|--:|{'--:|' * (len(STATIONS) + 1)}",
+    ]
+    for row in rows:
+        spent = row.stations_ms
+        cells = " | ".join(f"{spent[name]:.2f}" for name in STATIONS)
+        lines.append(f"| {row.batch} | {cells} | {spent['shards'] - spent['shard_engine']:.2f} |")
+    return "\n".join(lines)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--references", type=int, default=100_000)
+    parser.add_argument("--dimension", type=int, default=512)
+    parser.add_argument("--batch", type=int, nargs="+", default=[64])
+    parser.add_argument("--threshold", type=float, default=0.5)
+    parser.add_argument("--streams", type=int, default=2)
+    parser.add_argument("--window", type=int, default=4, help="unanswered messages of a stream")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each turn")
+    parser.add_argument("--warm-up", type=float, default=0.5)
+    parser.add_argument("--settle", type=float, default=15.0, help="seconds for the indexes to come to rest")
+    parser.add_argument("--seed", type=int, default=20_250_101)
+    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of the tables")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    args = parse()
+    notes = Console(stderr=True)
+    one_thread()
+    try:
+        environment = server_environment()
+        with farm(environment, [{MODEL: ALL_PARTITIONS}]) as made, tempfile.TemporaryDirectory() as folder:
+            rows = uvloop.run(measure(args, made, Path(folder), notes))
+    except (CannotServe, NoPostgres) as reason:
+        notes.print(f"there can be no cluster here: {reason}", markup=False)
+        return 1
+    if args.json:
+        for row in rows:
+            print(json.dumps(row._asdict()))
+    else:
+        print(markdown(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
