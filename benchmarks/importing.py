@@ -23,10 +23,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.served import Service, prepare, service
-from matcher_service.client import MatcherClient, Probes, ReceiptOutcome, References
+from matcher_service.client import MatcherClient, Probes, ReceiptOutcome, Receipts, References
 from matcher_service.terms import SpaceId
 
-MESSAGE_REFERENCES = 4000
+MESSAGE_REFERENCES = 1000
 MESSAGE_PROBES = 4
 PROBE_EVERY_S = 0.05
 
@@ -89,13 +89,14 @@ async def measure(
         before = await for_a_while(probing, space, probes, settled_s)
         over = asyncio.Event()
         watched = asyncio.create_task(latencies(probing, space, probes, over))
-        cpu_before = served.cpu_s()
+        cpu_before, own_cpu_before = served.cpu_s(), time.process_time()
         began = time.monotonic()
         head = 0
-        async for receipt in importing.enrol_stream(messages()):
-            assert receipt.outcome is ReceiptOutcome.ENROLLED, receipt
-            head = max(head, receipt.sequence)
-            progress.advance(task)
+        async for receipts in importing.enrol_messages(messages()):
+            assert isinstance(receipts, Receipts), receipts
+            assert set(receipts.outcomes) == {ReceiptOutcome.ENROLLED}, receipts.refusals
+            head = max(head, *receipts.sequences)
+            progress.advance(task, len(receipts))
         durable_s = time.monotonic() - began
         await importing.identify(
             Probes(
@@ -109,7 +110,7 @@ async def measure(
             )
         )
         searchable_s = time.monotonic() - began
-        cpu_s = served.cpu_s() - cpu_before
+        cpu_s, own_cpu_s = served.cpu_s() - cpu_before, time.process_time() - own_cpu_before
         over.set()
         during = await watched
         after = await for_a_while(probing, space, probes, settled_s)
@@ -119,6 +120,7 @@ async def measure(
         "durable_references_per_second": references / durable_s,
         "searchable_references_per_second": references / searchable_s,
         "service_cpu_us_per_reference": cpu_s / references * 1e6,
+        "client_cpu_us_per_reference": own_cpu_s / references * 1e6,
     }
     for name, values in (("empty", before), ("during", during), ("after", after)):
         for percent in (50, 99):
