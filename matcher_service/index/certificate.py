@@ -73,12 +73,13 @@ def rotation_error(dimension: int) -> float:
 def factors(decoded: Float32, rotated: Float32, row_norms: Float64) -> tuple[Float64, Float64, Float64]:
     """Per row: the least that a can be, the most that b can be, and |x'|; each float64 [n].
 
-    `decoded` and `rotated`, float32 [n, d], are x' and R x; `row_norms` float64 [n] are the norms of x.
+    `rotated` float32 [n, d] is R x, `decoded` float32 [n, coded] the coordinates of x' that are coded (the others
+    are zero); `row_norms` float64 [n] are the norms of x.
     """
     wide = decoded.astype(np.float64)
     reach = np.sqrt(np.einsum("ij,ij->i", wide, wide))
-    along = np.einsum("ij,ij->i", wide, rotated.astype(np.float64)) / row_norms
-    along = along - reach * rotation_error(decoded.shape[1])
+    along = np.einsum("ij,ij->i", wide, rotated[:, : decoded.shape[1]].astype(np.float64)) / row_norms
+    along = along - reach * rotation_error(rotated.shape[1])
     across = np.sqrt(np.maximum(reach * reach - along * along, 0.0)) * (1 + 1e-9)
     return along, across, reach
 
@@ -111,12 +112,10 @@ def cut_offs(supports: Float64, cosines: Float64) -> Float64:
 def tables(rotated: Float32, centroids: Float32) -> tuple[Float64, Float64, Float64]:
     """Of the look-up tables of rotated probes, float32 [n, d]: the widest span, the sum of the least entries
     and the sum of the largest magnitudes; each float64 [n]. `centroids` float32 [16, block]."""
-    count = rotated.shape[0]
-    blocks = rotated.reshape(-1, centroids.shape[1]).T
-    # Not a matrix product: BLAS would wake threads that then compete with those of the scan.
-    entries = np.multiply.outer(centroids[:, 0], blocks[0])
-    for coordinate in range(1, centroids.shape[1]):
-        entries += np.multiply.outer(centroids[:, coordinate], blocks[coordinate])
+    count, dimension = rotated.shape
+    block = centroids.shape[1]
+    coded = np.ascontiguousarray(rotated[:, : dimension // block * block])
+    entries = centroids @ coded.reshape(-1, block).T
     least = entries.min(axis=0).reshape(count, -1)
     most = entries.max(axis=0).reshape(count, -1)
     span = (most - least).max(axis=1).astype(np.float64)

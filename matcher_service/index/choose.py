@@ -1,14 +1,15 @@
 """Which codes serve a floor, or whether a full scan is cheaper. No choice changes an answer.
 
-The costs are those of one thread, in nanoseconds, measured on an x86 core with AVX2 at 512 dimensions and
-scaled with the dimension; only their ratios matter. What a filter costs is its pass over the codes and the
-re-scoring of the rows that it takes. How many it will take is predicted from the cosines of pairs of stored
-rows, sampled when the segment was built: a probe looks like them.
+The costs are those of one of two busy threads, in nanoseconds, measured on an x86 core with AVX-512 at 512
+dimensions and scaled with the dimension; only their ratios matter. What a filter costs is its pass over the codes and
+the products of the rows that it takes. How many it will take follows from a probe's cosines with some stored rows;
+for few rows and probes, where that would cost more than it tells, from those of stored rows with each other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -25,16 +26,18 @@ ROWS_MIN = 2000
 _SAMPLE_PROBES = 256
 _DUPLICATE = 0.9
 _SAMPLE_ROWS = 8192
-_PASS_NS = 0.05  # of a pass, per row, beside its tables
-_TABLE_NS = 0.0082  # per row and table
-_RESCORE_NS = 0.9  # per row taken and dimension
-CONVERT_NS = 0.45  # of a full scan, per row and dimension, whatever the number of probes
-_PRODUCT_NS = 0.03  # of a full scan, per row, dimension and probe
+_FLOORS = 101  # floors, from 0 to 1, for which the shares are predicted
+_LOOKED_AT_MAX = 1024  # stored rows that a probe is compared with before a scan
+_LOOK_PAIRS_MIN = 50_000  # rows times probes from which on the look pays
 
-
-_FLOORS = 201  # floors, from 0 to 1, for which the shares are predicted
-_START_NS = 300_000  # that a filter takes to begin, however few its rows
-_TAKEN_MAX = 0.5  # of the rows of a part: bounds what one range search can hold
+_PASS_NS = 0.34  # of a pass, per row, beside its tables
+_TABLE_NS = 0.0147  # per row and table
+_TAKEN_NS = 0.25  # per row taken and dimension: mostly the time in which memory answers
+_START_NS = 120_000  # that a filter takes to begin, however few its rows
+_FEW_NS = 0.11  # of a full scan of few probes, per row, dimension and probe
+_CONVERT_NS = 0.4  # of a full scan of many, per row and dimension, whatever the number of probes
+_PRODUCT_NS = 0.028  # and per row, dimension and probe
+_WIDE_NS = 0.3  # of a full scan of rows that are float32 already, per row and dimension, beside the products
 
 
 class Rate(NamedTuple):
@@ -46,14 +49,14 @@ class Rate(NamedTuple):
 
 
 def blocks(dimension: int) -> tuple[int, ...]:
-    """The rates that pay for a dimension, as coordinates for each 4-bit code: a coarse one for high floors and
-    guesses, and a fine one for all else. At 512 dimensions, 64 and 256 tables: 160 bytes a row."""
+    """The rates that pay for a dimension, as coordinates for each 4-bit code: a coarse one for high floors, and a
+    fine one for all else. At 512 dimensions 102 and 256 tables: 179 bytes a row."""
     possible = blocks_for(dimension)
     if not possible or dimension < DIMENSION_MIN:
         return ()
-    fine = possible[-1:]
-    coarse = tuple(block for block in possible if block == 4 * fine[0])
-    return coarse + fine
+    fine = possible[-1]
+    coarse = [block for block in possible if 2 * fine <= block <= 2.5 * fine]
+    return (*coarse[:1], fine)
 
 
 def worth_codes(rows: int, dimension: int) -> bool:
@@ -64,7 +67,7 @@ def worth_codes(rows: int, dimension: int) -> bool:
 def sample_cosines(stored: NDArray[np.float16]) -> Float64:
     """The distribution of the cosines between stored rows, float64 [BINS]: shares of [-1, 1] in equal bins.
 
-    Pairs of near duplicates are left out: a probe that meets a crowd of them is found out as it is scanned.
+    Pairs of near duplicates are left out: a probe that meets a crowd of them is found out as it is looked at.
     """
     rows = stored.shape[0]
     if rows < 2:
@@ -77,19 +80,31 @@ def sample_cosines(stored: NDArray[np.float16]) -> Float64:
     return np.asarray(counts / max(1, counts.sum()))
 
 
-def taken_share(floor: float, rate: Rate, dimension: int, cosines: Float64, tail: float) -> float:
-    """The share of the rows that a filter is expected to take at a floor."""
+def looked_at(stored: NDArray[np.float16]) -> Float32:
+    """The rows that probes are compared with before a scan, float32 [m, d]: every so many of the stored ones."""
+    rows = stored.shape[0]
+    count = min(_LOOKED_AT_MAX, max(64, rows // 64), rows)
+    return stored[np.linspace(0, max(0, rows - 1), count).astype(np.int64)].astype(np.float32)
+
+
+@lru_cache(maxsize=64)
+def taken_shares(along: float, across: float, dimension: int) -> Float32:
+    """The chance that a row is taken, float32 [floor, cosine]: floors in hundredths, cosines in `BINS`. Read-only:
+    it is shared."""
+    tail = certificate.tail(dimension)
     centres = (np.arange(BINS) + 0.5) * (2 / BINS) - 1
-    spread = rate.across * np.sqrt(1 - centres**2) / np.sqrt(dimension - 1)
-    cut_off = floor * rate.along - np.sqrt(1 - floor * floor) * rate.across * tail
-    return float(np.sum(cosines * ndtr((centres * rate.along - cut_off) / np.maximum(spread, 1e-9))))
+    floors = np.arange(_FLOORS)[:, None] / (_FLOORS - 1)
+    spread = np.maximum(across * np.sqrt(1 - centres**2) / np.sqrt(dimension - 1), 1e-9)
+    cut_offs = floors * along - np.sqrt(1 - floors * floors) * across * tail
+    shares: Float32 = ndtr((centres * along - cut_offs) / spread).astype(np.float32)
+    shares.setflags(write=False)
+    return shares
 
 
 class Costs:
     """What each way of answering costs a segment of `rows` rows, per probe and row.
 
-    `rates` by block; `convert_ns` is that of a full scan, per row and dimension, 0 if its rows are float32
-    already.
+    `rates` by block; `wide`: its rows are float32 already; `sample`: what `looked_at` gave.
     """
 
     def __init__(
@@ -98,45 +113,61 @@ class Costs:
         dimension: int,
         cosines: Float64,
         rates: Mapping[int, Rate],
-        convert_ns: float = CONVERT_NS,
+        sample: Float32,
+        wide: bool = False,
     ) -> None:
-        self._start = _START_NS / max(1, rows)
         self._rows = rows
+        self._dimension = dimension
         self._cosines = cosines
-        self._whole = (dimension * convert_ns, dimension * _PRODUCT_NS)
-        self._rescore = dimension * _RESCORE_NS
+        self._wide = wide
+        self._sample = sample
         self._blocks = np.array([*rates, 0], np.int64)
-        tail = certificate.tail(dimension)
-        floors = np.arange(_FLOORS) / (_FLOORS - 1)
-        self._coded = np.array(
-            [
-                [
-                    _PASS_NS
-                    + _TABLE_NS * rate.tables
-                    + self._rescore * taken_share(floor, rate, dimension, cosines, tail)
-                    for floor in floors
-                ]
-                for rate in rates.values()
-            ]
-        ).reshape(len(rates), _FLOORS)
+        self._taken_ns = dimension * _TAKEN_NS
+        self._pass = np.array([_PASS_NS + _TABLE_NS * rate.tables for rate in rates.values()])
+        self._shares = [taken_shares(round(rate.along, 2), round(rate.across, 2), dimension) for rate in rates.values()]
+        self._usual = np.array([shares @ cosines for shares in self._shares]).reshape(len(rates), _FLOORS)
 
     def whole(self, batch: int) -> float:
         """Of a full scan for one of `batch` probes."""
-        return self._whole[0] / max(1, batch) + self._whole[1]
+        if self._wide:
+            return self._dimension * (_WIDE_NS / max(1, batch) + _PRODUCT_NS)
+        return self._dimension * min(_FEW_NS, _CONVERT_NS / max(1, batch) + _PRODUCT_NS)
 
-    def plan(self, floors: Float32, usable: NDArray[np.bool_]) -> Int64:
+    def plan(self, probes: Float32, probe_norms: Float64, floors: Float32, usable: NDArray[np.bool_]) -> Int64:
         """For each probe the block of the cheapest codes, or 0 for a full scan; int64 [n]."""
-        steps = np.clip(np.nan_to_num(floors, posinf=1.0, neginf=0.0) * (_FLOORS - 1), 0, _FLOORS - 1).astype(np.int64)
-        whole = np.full((1, len(floors)), self.whole(len(floors)) - self._start / max(1, len(floors)))
-        cheapest = np.concatenate([self._coded[:, steps], whole]).argmin(axis=0)
-        return np.asarray(np.where(usable, self._blocks[cheapest], 0))
+        if not usable.all():
+            plans = np.zeros(len(probes), np.int64)
+            plans[usable] = self._plan(probes[usable], probe_norms[usable], floors[usable])
+            return plans
+        return self._plan(probes, probe_norms, floors)
+
+    def _plan(self, probes: Float32, probe_norms: Float64, floors: Float32) -> Int64:
+        batch = len(probes)
+        if len(self._blocks) == 1 or not batch:
+            return np.zeros(batch, np.int64)
+        steps = np.minimum(floors * (_FLOORS - 1), _FLOORS - 1).astype(np.int64)
+        looks = batch * self._rows >= _LOOK_PAIRS_MIN
+        share = self._seen(probes, probe_norms, steps) if looks else self._usual[:, steps]
+        coded = self._pass[:, None] + self._taken_ns * share
+        cheapest = coded.argmin(axis=0)
+        best = coded[cheapest, np.arange(batch)] + _START_NS / max(1, self._rows * batch)
+        by_codes = best < self.whole(batch)
+        if not by_codes.all():
+            # The fewer go without codes, the dearer is a full scan for each of them.
+            by_codes = best < self.whole(batch - int(by_codes.sum()))
+        return np.where(by_codes, self._blocks[cheapest], 0)
+
+    def _seen(self, probes: Float32, probe_norms: Float64, steps: Int64) -> Float64:
+        """The share of the rows that each rate will take for each probe, by its cosines with some of them."""
+        cosines = (probes @ self._sample.T) / probe_norms.astype(np.float32)[:, None]
+        bins = np.clip((cosines + 1) * (BINS / 2), 0, BINS - 1).astype(np.int64)
+        bins += steps[:, None] * BINS
+        return np.array([shares.ravel()[bins].mean(axis=1) for shares in self._shares])
 
     def floor_of_best(self, count: int) -> float:
         """The score that about `count` of the rows reach."""
         above = np.cumsum(self._cosines[::-1])[::-1] * self._rows
         return float(2 / BINS * np.count_nonzero(above >= count) - 1)
 
-    def most_taken(self, batch: int) -> float:
-        """The share of a part's rows from which on a probe is better scanned in full. Thrice that at which the
-        costs are equal: the parts with the lowest cut-offs take far more than the average one."""
-        return min(_TAKEN_MAX, 3 * self.whole(batch) / self._rescore)
+    def bytes_in_memory(self) -> int:
+        return int(self._sample.nbytes)

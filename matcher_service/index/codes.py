@@ -31,7 +31,8 @@ _PARALLEL_ROWS = 32_768  # from here on at least two parts, for two threads
 
 
 class Codes:
-    """The codes of n rows with `block` coordinates in each 4-bit code, in parts.
+    """The codes of n rows with `block` coordinates in each 4-bit code, in parts. Of a dimension that the block does
+    not divide, the last rotated coordinates are not coded.
 
     `order` uint32 [n] numbers the rows as they lie in the parts, `bounds` int64 [p + 1] says where the parts
     begin, `packed` uint8 are their codes as the kernel reads them, `supports` float64 [p, ANGLES] is their law,
@@ -50,24 +51,24 @@ class Codes:
     ) -> None:
         self.block = block
         self.tables = dimension // block
+        self.coded = self.tables * block
         self.centroids = codebook(dimension, block)
         self.bounds = bounds
         self.supports = supports
         self.typical = typical
-        self._quantizer = faiss.IndexFlatIP(dimension)
-        self._quantizer.add(np.zeros((1, dimension), np.float32))
-        self._parts = []
+        self._quantizer = one_list(self.coded)
+        self.indexes = []
         start = 0
         for first, last in pairwise(bounds):
-            part, size = self._part(dimension, int(last - first))
+            part, size = self._part(int(last - first))
             _bytes_of(part, size)[:] = packed[start : start + size]
             _ids_of(part, int(last - first))[:] = order[first:last]
-            self._parts.append(part)
+            self.indexes.append(part)
             start += size
 
-    def _part(self, dimension: int, rows: int) -> tuple[Any, int]:
+    def _part(self, rows: int) -> tuple[Any, int]:
         """An empty index for `rows` rows, and the size of its packed codes."""
-        part = empty_index(self._quantizer, dimension, self.block, self.centroids)
+        part = empty_index(self._quantizer, self.centroids)
         lists = faiss.downcast_InvertedLists(part.invlists)
         lists.resize(0, rows)
         part.ntotal = rows
@@ -75,31 +76,27 @@ class Codes:
 
     @property
     def parts(self) -> int:
-        return len(self._parts)
+        return len(self.indexes)
 
     def near(self, part: int, scaled: Float32) -> tuple[Int64, Int64]:
         """Offsets int64 [n + 1] and row numbers of every row of the part whose estimate, but for the table
-        error, is at least one. `scaled` float32 [n, d]: rotated probes over their cut-offs."""
-        lims, _, rows = self._parts[part].range_search(scaled, 1.0)
+        error, is at least one. `scaled` float32 [n, coded]: rotated probes, their coded coordinates, over their
+        cut-offs."""
+        lims, _, rows = self.indexes[part].range_search(scaled, 1.0)
         return lims.astype(np.int64), rows
-
-    def best(self, part: int, rotated: Float32, count: int) -> tuple[Float32, Int64]:
-        """The largest estimates and their rows, [n, count]; -1 for a row where there is none. No promise."""
-        estimates, rows = self._parts[part].search(rotated, count)
-        return estimates, rows
 
     def state(self) -> dict[str, NDArray[Any]]:
         """What `from_state` needs; the codes are biometric data."""
         sizes = np.diff(self.bounds)
         return {
             "order": np.concatenate(
-                [_ids_of(part, int(size)).astype(np.uint32) for part, size in zip(self._parts, sizes, strict=True)]
+                [_ids_of(part, int(size)).astype(np.uint32) for part, size in zip(self.indexes, sizes, strict=True)]
                 or [np.empty(0, np.uint32)]
             ),
             "packed": np.concatenate(
                 [
                     _bytes_of(part, -(-int(size) // _BLOCK) * _BLOCK * ((self.tables + 1) // 2))
-                    for part, size in zip(self._parts, sizes, strict=True)
+                    for part, size in zip(self.indexes, sizes, strict=True)
                 ]
                 or [np.empty(0, np.uint8)]
             ),
@@ -117,10 +114,18 @@ class Codes:
         return rows * (8 + (self.tables + 1) // 2) + self.parts * _BLOCK * self.tables // 2
 
 
-def empty_index(quantizer: Any, dimension: int, block: int, centroids: Float32) -> Any:
-    """A fast-scan index over one list, for rotated vectors and inner products, without any training."""
-    tables = dimension // block
-    index = faiss.IndexIVFPQFastScan(quantizer, dimension, 1, tables, 4, faiss.METRIC_INNER_PRODUCT, _BLOCK)
+def one_list(coded: int) -> Any:
+    """The coarse quantiser of an index with a single list."""
+    quantizer = faiss.IndexFlatIP(coded)
+    quantizer.add(np.zeros((1, coded), np.float32))
+    return quantizer
+
+
+def empty_index(quantizer: Any, centroids: Float32) -> Any:
+    """A fast-scan index over one list, for inner products of coded coordinates, without any training."""
+    coded = quantizer.d
+    tables = coded // centroids.shape[1]
+    index = faiss.IndexIVFPQFastScan(quantizer, coded, 1, tables, 4, faiss.METRIC_INNER_PRODUCT, _BLOCK)
     index.by_residual = False
     faiss.copy_array_to_vector(np.tile(centroids.ravel(), tables), index.pq.centroids)
     index.is_trained = True
@@ -162,11 +167,9 @@ class CodesBuilder:
     def __init__(self, dimension: int, block: int) -> None:
         self.dimension = dimension
         self.block = block
-        self.tables = dimension // block
-        self.centroids = codebook(dimension, block)
-        self._quantizer = faiss.IndexFlatIP(dimension)
-        self._quantizer.add(np.zeros((1, dimension), np.float32))
-        self._index = empty_index(self._quantizer, dimension, block, self.centroids)
+        self.coded = (dimension // block) * block
+        self._quantizer = one_list(self.coded)
+        self._index = empty_index(self._quantizer, codebook(dimension, block))
         self._plain: list[NDArray[np.uint8]] = []
         self._along: list[Float64] = []
         self._across: list[Float64] = []
@@ -174,7 +177,7 @@ class CodesBuilder:
 
     def add(self, rotated: Float32, row_norms: Float64) -> None:
         """`rotated` float32 [n, d]: R x of the next rows, `row_norms` float64 [n] their norms."""
-        plain = self._index.pq.compute_codes(rotated)
+        plain = self._index.pq.compute_codes(np.ascontiguousarray(rotated[:, : self.coded]))
         along, across, reach = certificate.factors(self._index.pq.decode(plain), rotated, row_norms)
         self._plain.append(plain)
         self._along.append(along)
@@ -235,6 +238,6 @@ def blocks_for(dimension: int) -> tuple[int, ...]:
     """The rates that a dimension allows, coarsest first, as coordinates for each 4-bit code."""
     return tuple(
         block
-        for block in (8, 4, 2, 1)
-        if dimension % block == 0 and dimension % 2 == 0 and CENTROIDS <= dimension // block <= certificate.TABLES_MAX
+        for block in (8, 5, 4, 2, 1)
+        if CENTROIDS <= dimension // block <= certificate.TABLES_MAX and (dimension % block == 0 or block == 5)
     )

@@ -1,6 +1,7 @@
 """The exact CPU scanner: fast-scan codes say which rows could reach the floor, exact scores decide.
 
-A scan has three steps, the first two for each part of the codes and slice of the probes, on all threads:
+A scan has three steps, the first two for each part of the codes and slice of the probes, on all threads and in one
+call (`refined.py`):
 1. the codes give every row whose estimate is at or above its cut-off (`certificate.py`);
 2. a float32 product drops those that are below the floor by more than that product's rounding;
 3. the rest are scored exactly.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import faiss
 import numpy as np
@@ -22,9 +23,11 @@ from matcher_service.errors import DataDamaged
 from matcher_service.index import certificate, choose
 from matcher_service.index.codes import Codes, CodesBuilder, blocks_for, packed_size
 from matcher_service.index.flat import FlatScanner, Found, best_flat, gather, likely_rows, side_by_side
+from matcher_service.index.products import Products
+from matcher_service.index.refined import Refined
 from matcher_service.index.rotation import Rotation, draw_rotation
 from matcher_service.index.scanner import Hits, Scanner
-from matcher_service.index.score import float32_margin, norms, pair_products, pair_scores
+from matcher_service.index.score import float32_margin, norms, pair_scores
 from matcher_service.index.wide import WideScanner
 from matcher_service.terms import Float32, Float64, Int64
 
@@ -34,17 +37,10 @@ _ODD_NORM = 1e-3  # a stored row whose norm is off one by more is re-scored alwa
 _ENCODE_ROWS = 8192
 _SLICE_PROBES = 32  # times a part's rows, and 48 bytes each, bounds what one range search can hold
 _TASKS = 8  # of a scan, at least, where there are so many parts
-_CROWD_MIN = 200  # rows of a part that any probe may take
+_ALONE_PAIRS = 100_000  # up to so many rows times probes one thread is done before a second has begun
+_GUESS_PARTS = 2  # a guess goes through one part in so many
 _WIDE_VALUES_MAX = 1 << 23  # templates of so many values are held as float32 too: 32 MiB
-_NONE: Int64 = np.empty(0, np.int64)
-
-
-class Near(NamedTuple):
-    """Pairs of a probe and a row whose float32 product is not below the floor; and the probes given up."""
-
-    probes: Int64
-    rows: Int64
-    crowded: Int64
+_CUT_MIN = 1e-3  # the least cut-off that probes are divided by
 
 
 class FastScanScanner:
@@ -76,6 +72,8 @@ class FastScanScanner:
             )
             for block in state["blocks"]
         }
+        products = Products(stored)
+        self._refined = {block: Refined(codes, products) for block, codes in self._codes.items()}
         self._executor = executor
         self._whole = whole or FlatScanner(stored, executor, self._norm_max)
         self._listed: Float32 = stored[self._always].astype(np.float32)
@@ -84,7 +82,8 @@ class FastScanScanner:
             self._dimension,
             np.asarray(state["cosines"], np.float64),
             {block: choose.Rate(codes.tables, *codes.typical[:2]) for block, codes in self._codes.items()},
-            choose.CONVERT_NS if whole is None else 0.0,
+            choose.looked_at(stored),
+            whole is not None,
         )
 
     def state(self) -> dict[str, NDArray[Any]]:
@@ -105,90 +104,96 @@ class FastScanScanner:
             self._whole.bytes_in_memory()
             + self._listed.nbytes
             + self._rotation.matrix.nbytes
+            + self._costs.bytes_in_memory()
             + sum(codes.bytes_in_memory() for codes in self._codes.values())
         )
 
     def scan(self, probes: Float32, floors: Float32) -> Hits:
-        count = len(probes)
         probe_norms = norms(probes)
         usable = certificate.usable(floors, probe_norms)
-        plans = self._costs.plan(floors, usable)
-        certified = np.zeros(count, np.bool_)
-        found: list[Near] = []
-        for block in sorted({block for block in plans if block}, reverse=True):
+        plans = self._costs.plan(probes, probe_norms, floors, usable)
+        certified = np.zeros(len(probes), np.bool_)
+        hits: list[Found] = []
+        for block in self._codes:
             mine = np.flatnonzero(plans == block)
-            near, served = self._filter(self._codes[block], probes, floors, probe_norms, mine)
-            certified[mine[served]] = True
-            found.extend(near)
-        hits = [self._exact(found, certified, probes, floors)]
-        whole = np.flatnonzero(~certified)
-        if whole.size:
+            if mine.size:
+                found, served = self._filter(block, probes[mine], floors[mine], probe_norms[mine])
+                certified[mine] = served
+                hits.append(found._replace(probes=mine[found.probes]))
+        if not certified.all():
+            whole = np.flatnonzero(~certified)
             flat = self._whole.scan(np.ascontiguousarray(probes[whole]), floors[whole])
             hits.append(Found(np.repeat(whole, np.diff(flat.offsets)), flat.rows, flat.scores))
         return gather(hits, certified)
 
     def guess(self, probes: Float32, count: int) -> Hits:
-        """By the estimates of the finest codes, then by score: a floor that is a little too low costs more than
-        the pass of coarser codes would save."""
+        """Of every so many parts the best by the estimates of the finest codes, then by product."""
         none = np.zeros(len(probes), np.bool_)
         wanted = min(count, self.rows)
         if wanted <= 0 or not len(probes) or not self._codes:
             return self._whole.guess(probes, count)
         floors = np.full(len(probes), self._costs.floor_of_best(wanted), np.float32)
-        if not self._costs.plan(floors, floors > 0).any():
+        probe_norms = norms(probes)
+        if not self._costs.plan(probes, probe_norms, floors, certificate.usable(floors, probe_norms)).any():
             # The scan to come will be in full: its floor hardly matters.
             return gather([best_flat(likely_rows(self._stored, wanted), probes, wanted)], none)
-        codes = self._codes[min(self._codes)]
-        rotated = self._rotation(probes)
-        tasks = [
-            _best(codes, part, rotated[start : start + _SLICE_PROBES], wanted)
-            for part in range(codes.parts)
-            for start in range(0, len(probes), _SLICE_PROBES)
-        ]
-        slices = -(-len(probes) // _SLICE_PROBES)
-        best = self._run(tasks)
-        estimates, rows = (
+        block = min(self._codes)
+        refined, parts = self._refined[block], range(0, self._codes[block].parts, _GUESS_PARTS)
+        # Where several parts are gone through, each gives more than its share; where one is, it is asked for more.
+        asked = min(self.rows, wanted if len(parts) > 1 else 2 * wanted)
+        pairs = np.concatenate([probes, self._rotation(probes)], axis=1)
+        starts = range(0, len(probes), _SLICE_PROBES)
+        best = self._run(
+            [_best(refined, part, pairs[start : start + _SLICE_PROBES], asked) for part in parts for start in starts],
+            len(probes) * self.rows // _GUESS_PARTS,
+        )
+        products, rows = (
             np.concatenate(
                 [
-                    np.concatenate([best[part * slices + number][column] for number in range(slices)])
-                    for part in range(codes.parts)
+                    np.concatenate([best[number + part * len(starts)][column] for number in range(len(starts))])
+                    for part in range(len(parts))
                 ],
                 axis=1,
             )
             for column in (0, 1)
         )
-        taken = min(2 * wanted, rows.shape[1])
-        chosen = np.argpartition(-estimates, taken - 1, axis=1)[:, :taken]
+        kept = min(wanted, rows.shape[1])
+        products = np.where(rows >= 0, products, -np.inf)
+        chosen = np.argpartition(-products, kept - 1, axis=1)[:, :kept]
         likely = np.take_along_axis(rows, chosen, axis=1)
         real = likely >= 0
-        which = np.repeat(np.arange(len(probes)), real.sum(axis=1))
-        found = Found(which, likely[real], pair_products(self._stored, likely[real], probes, which))
-        return gather([_exactly(_top(found, len(probes), wanted), self._stored, probes)], none)
+        which, row = np.repeat(np.arange(len(probes)), real.sum(axis=1)), likely[real]
+        return gather([Found(which, row, pair_scores(self._stored, row, probes, which))], none)
 
     def _filter(
-        self, codes: Codes, probes: Float32, floors: Float32, probe_norms: Float64, mine: Int64
-    ) -> tuple[list[Near], NDArray[np.bool_]]:
-        """Of the probes numbered `mine`: their near rows, and which of them the law served, bool [len(mine)]."""
-        some, some_norms = probes[mine], probe_norms[mine]
-        rotated = self._rotation(some)
-        cut_offs, floor_of_tables = self._cut_offs(codes, floors[mine], some_norms, rotated)
-        served = cut_offs.min(axis=0, initial=np.inf) > np.maximum(floor_of_tables, 1e-3)
-        margins = (floors[mine] - float32_margin(self._dimension, self._norm_max, some_norms)).astype(np.float32)
+        self, block: int, probes: Float32, floors: Float32, probe_norms: Float64
+    ) -> tuple[Found, NDArray[np.bool_]]:
+        """The hits of the probes that the law served, and which these are, bool [n]."""
+        codes, refined = self._codes[block], self._refined[block]
+        rotated = self._rotation(probes)
+        cut_offs, floor_of_tables = self._cut_offs(codes, floors, probe_norms, rotated)
+        margins = float32_margin(self._dimension, self._norm_max, probe_norms)
+        # Once more 2^-20: probes divided by their least product are rounded again.
+        least = (floors - margins) * (1 - 2.0**-20)
+        served = cut_offs.min(axis=0, initial=np.inf) > np.maximum(floor_of_tables, _CUT_MIN)
+        served &= least > _CUT_MIN
         kept = np.flatnonzero(served)
-        most = self._costs.most_taken(len(mine))
         slices = [kept[start : start + _SLICE_PROBES] for start in range(0, kept.size, _SLICE_PROBES)]
         runs = np.array_split(np.arange(codes.parts), min(codes.parts, max(1, -(-_TASKS // max(1, len(slices))))))
-        tasks: list[Callable[[], Near]] = [
-            self._near(codes, run, rotated[some_], cut_offs[:, some_], probes, mine[some_], margins[some_], most)
+        tasks = [
+            _near(refined, run, probes[some], rotated[some], least[some], cut_offs[:, some], some)
             for run in runs
-            for some_ in slices
+            for some in slices
         ]
-        if self._always.size and kept.size:
-            tasks.append(self._near_listed(probes, mine[kept], margins[kept]))
-        near = self._run(tasks)
-        crowded = np.unique(np.concatenate([one.crowded for one in near])) if near else _NONE
-        served &= ~np.isin(mine, crowded)
-        return near, served
+        near = self._run(tasks, self.rows * kept.size)
+        if self._always.size:
+            which, row = np.nonzero(~(probes[kept] @ self._listed.T < least[kept, None].astype(np.float32)))
+            near.append((kept[which], self._always[row]))
+        which = np.concatenate([one[0] for one in near]) if near else kept
+        rows = np.concatenate([one[1] for one in near]) if near else kept
+        scores = pair_scores(self._stored, rows, probes, which)
+        reached = scores >= floors[which]
+        return Found(which[reached], rows[reached], scores[reached]), served
 
     def _cut_offs(
         self, codes: Codes, floors: Float32, probe_norms: Float64, rotated: Float32
@@ -202,60 +207,38 @@ class FastScanScanner:
         error += reach * probe_norms * (certificate.rotation_error(self._dimension) + 2.0**-22)
         return certificate.cut_offs(codes.supports, cosines) * probe_norms - error, least + span / 32
 
-    def _near(
-        self,
-        codes: Codes,
-        run: Int64,
-        rotated: Float32,
-        cut_offs: Float64,
-        probes: Float32,
-        mine: Int64,
-        margins: Float32,
-        most: float,
-    ) -> Callable[[], Near]:
-        """Goes through a run of parts for some probes, numbered `mine`; a probe that takes more than the share
-        `most` of a part is given up."""
+    def _run(self, tasks: list[Callable[[], Any]], pairs: int) -> list[Any]:
+        return side_by_side(tasks, self._executor if pairs > _ALONE_PAIRS else None)
 
-        def task() -> Near:
-            which_of, rows_of, crowded = [_NONE], [_NONE], np.zeros(mine.size, np.bool_)
-            for part in run:
-                scaled = (rotated / cut_offs[part, :, None]).astype(np.float32)
-                offsets, rows = codes.near(part, scaled)
-                if not rows.size:
-                    continue
-                sizes = np.diff(offsets)
-                which = np.repeat(np.arange(mine.size), sizes)
-                crowded |= sizes > max(_CROWD_MIN, most * (codes.bounds[part + 1] - codes.bounds[part]))
-                kept = ~crowded[which]
-                which_of.append(which[kept])
-                rows_of.append(rows[kept])
-            which, rows = np.concatenate(which_of), np.concatenate(rows_of)
-            products = pair_products(self._stored, rows, probes, mine[which])
-            reached = ~(products < margins[which])
-            return Near(mine[which[reached]], rows[reached], mine[crowded])
 
-        return task
+def _near(
+    refined: Refined,
+    run: Int64,
+    probes: Float32,
+    rotated: Float32,
+    least: Float64,
+    cut_offs: Float64,
+    numbers: Int64,
+) -> Callable[[], tuple[Int64, Int64]]:
+    """Finds, in a run of parts, the pairs of a probe and a row whose float32 product may reach the floor."""
 
-    def _near_listed(self, probes: Float32, mine: Int64, margins: Float32) -> Callable[[], Near]:
-        def task() -> Near:
-            products = np.einsum("ij,kj->ik", probes[mine], self._listed)
-            probe, row = np.nonzero(~(products < margins[:, None]))
-            return Near(mine[probe], self._always[row], _NONE)
+    def task() -> tuple[Int64, Int64]:
+        dimension = probes.shape[1]
+        pairs = np.empty((len(probes), 2 * dimension), np.float32)
+        np.divide(probes, least[:, None], out=pairs[:, :dimension], casting="same_kind")
+        which: list[Int64] = []
+        rows: list[Int64] = []
+        for part in run.tolist():
+            np.divide(rotated, cut_offs[part, :, None], out=pairs[:, dimension:], casting="same_kind")
+            offsets, found = refined.near(part, pairs)
+            if found.size:
+                which.append(np.repeat(numbers, np.diff(offsets)))
+                rows.append(found)
+        if not rows:
+            return numbers[:0], numbers[:0]
+        return np.concatenate(which), np.concatenate(rows)
 
-        return task
-
-    def _exact(self, found: list[Near], certified: NDArray[np.bool_], probes: Float32, floors: Float32) -> Found:
-        """The pairs that reach the floor, of the certified probes."""
-        probe = np.concatenate([one.probes for one in found] or [_NONE])
-        row = np.concatenate([one.rows for one in found] or [_NONE])
-        kept = certified[probe]
-        probe, row = probe[kept], row[kept]
-        score = pair_scores(self._stored, row, probes, probe)
-        kept = score >= floors[probe]
-        return Found(probe[kept], row[kept], score[kept])
-
-    def _run(self, tasks: list[Callable[[], Any]]) -> list[Any]:
-        return side_by_side(tasks, self._executor)
+    return task
 
 
 class FastScanScanners:
@@ -372,18 +355,5 @@ def build_fastscan(
     return FastScanScanner(stored, state, executor, whole)
 
 
-def _best(codes: Codes, part: int, rotated: Float32, count: int) -> Callable[[], tuple[Float32, Int64]]:
-    return lambda: codes.best(part, rotated, count)
-
-
-def _top(found: Found, probes: int, wanted: int) -> Found:
-    """The `wanted` pairs of each probe with the highest products."""
-    ordered = np.lexsort((-found.scores, found.probes))
-    begins = np.searchsorted(found.probes[ordered], np.arange(probes))
-    rank = np.arange(ordered.size) - begins[found.probes[ordered]]
-    kept = ordered[rank < wanted]
-    return Found(found.probes[kept], found.rows[kept], found.scores[kept])
-
-
-def _exactly(found: Found, stored: NDArray[np.float16], probes: Float32) -> Found:
-    return found._replace(scores=pair_scores(stored, found.rows, probes, found.probes))
+def _best(refined: Refined, part: int, pairs: Float32, count: int) -> Callable[[], tuple[Float32, Int64]]:
+    return lambda: refined.best(part, pairs, count)

@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from matcher_service.index.products import Products
 from matcher_service.index.scanner import Hits
 from matcher_service.index.score import float32_margin, norms, pair_scores, widen
 from matcher_service.terms import Float32, Int64
@@ -17,7 +18,8 @@ _BLOCK_ROWS = 1024  # rows of one product: 2 MiB at 512 dimensions, so that they
 _WIDEN_ROWS = 256  # rows turned to float32 at once: they stay in the cache meanwhile
 _GUESS_SHARE = 8  # a guess goes through one in so many rows, at least so many times the rows wanted
 _PROBES_MAX = 1024
-_FEW_PROBES = 3  # up to here BLAS gains nothing over one product after another
+_FEW_PROBES = 8  # up to here BLAS gains nothing over one product after another
+_FEW_HITS = 32  # rows that a probe may reach in a run of rows before all of these are gone through once more
 _THREAD_ROWS = 16_384
 
 Result = TypeVar("Result")
@@ -69,9 +71,10 @@ class FlatScanner:
         self._stored = stored
         self._norm_max = float(norms(stored).max(initial=0.0)) if norm_max is None else norm_max
         self._executor = executor
+        self._products = [Products(stored[start : start + _THREAD_ROWS]) for start in range(0, self.rows, _THREAD_ROWS)]
 
     def scan(self, probes: Float32, floors: Float32) -> Hits:
-        found = scan_flat(self._stored, self._norm_max, probes, floors, self._executor)
+        found = scan_flat(self._stored, self._products, self._norm_max, probes, floors, self._executor)
         return gather([found], np.zeros(len(probes), np.bool_))
 
     def guess(self, probes: Float32, count: int) -> Hits:
@@ -84,25 +87,33 @@ class FlatScanner:
 
 def scan_flat(
     stored: NDArray[np.float16],
+    products: list[Products],
     norm_max: float,
     probes: Float32,
     floors: Float32,
     executor: Executor | None = None,
 ) -> Found:
-    """Every row whose score is >= its probe's floor. Shapes as in `Scanner.scan`; `norm_max` bounds the norms
-    of the stored rows."""
+    """Every row whose score is >= its probe's floor. Shapes as in `Scanner.scan`; `products` are those of runs of
+    `_THREAD_ROWS` stored rows, `norm_max` bounds the norms of the rows."""
     if not len(probes) or not len(stored):
         return NOTHING
-    margin = float32_margin(stored.shape[1], norm_max, norms(probes))
-    cuts = (floors.astype(np.float64) - margin).astype(np.float32)
-    few = len(probes) <= _FEW_PROBES
-    rows_each = len(stored) if executor is None else min(_THREAD_ROWS, -(-len(stored) // 2))
+    probe_norms = norms(probes)
+    cuts = (floors.astype(np.float64) - float32_margin(stored.shape[1], norm_max, probe_norms)).astype(np.float32)
+    # No product of such a probe overflows, and hardly any row reaches its floor.
+    few = len(probes) <= _FEW_PROBES and bool(((cuts > 0) & (probe_norms < 1e6)).all())
     near: list[tuple[Int64, Int64]] = []
     for start in range(0, len(probes), _PROBES_MAX):
         some = slice(start, start + _PROBES_MAX)
         tasks = [
-            _near(stored, first, min(first + rows_each, len(stored)), probes[some], cuts[some], few)
-            for first in range(0, len(stored), rows_each)
+            _near(
+                stored,
+                products[number] if few else None,
+                number * _THREAD_ROWS,
+                min((number + 1) * _THREAD_ROWS, len(stored)),
+                probes[some],
+                cuts[some],
+            )
+            for number in range(len(products))
         ]
         near.extend((which + start, rows) for which, rows in side_by_side(tasks, executor))
     which = np.concatenate([one[0] for one in near])
@@ -114,28 +125,38 @@ def scan_flat(
 
 def _near(
     stored: NDArray[np.float16],
+    products: Products | None,
     first: int,
     last: int,
     probes: Float32,
     cuts: Float32,
-    few: bool,
 ) -> Callable[[], tuple[Int64, Int64]]:
     """Finds, among the rows from `first` to `last`, the pairs whose float32 product is not below its cut."""
 
     def task() -> tuple[Int64, Int64]:
-        wide = np.empty((min(_BLOCK_ROWS, last - first), stored.shape[1]), np.float32)
-        which: list[Int64] = []
-        rows: list[Int64] = []
-        for start in range(first, last, _BLOCK_ROWS):
-            here = _widened(stored[start : min(start + _BLOCK_ROWS, last)], wide)
-            products = np.einsum("ij,kj->ik", probes, here) if few else probes @ here.T
-            # `not below` rather than `at or above`: what overflowed to NaN is scored exactly, not lost.
-            probe, row = np.nonzero(~(products < cuts[:, None]))
-            which.append(probe)
-            rows.append(row + start)
-        return np.concatenate(which), np.concatenate(rows)
+        if products is not None:
+            best, row = products.best(probes, min(_FEW_HITS, last - first))
+            if last - first <= _FEW_HITS or not (best[:, -1] >= cuts).any():
+                which, place = np.nonzero(best >= cuts[:, None])
+                return which, row[which, place] + first
+        return _by_blocks(stored, first, last, probes, cuts)
 
     return task
+
+
+def _by_blocks(
+    stored: NDArray[np.float16], first: int, last: int, probes: Float32, cuts: Float32
+) -> tuple[Int64, Int64]:
+    wide = np.empty((min(_BLOCK_ROWS, last - first), stored.shape[1]), np.float32)
+    which: list[Int64] = []
+    rows: list[Int64] = []
+    for start in range(first, last, _BLOCK_ROWS):
+        products = probes @ _widened(stored[start : min(start + _BLOCK_ROWS, last)], wide).T
+        # `not below` rather than `at or above`: what overflowed to NaN is scored exactly, not lost.
+        probe, row = np.nonzero(~(products < cuts[:, None]))
+        which.append(probe)
+        rows.append(row + start)
+    return np.concatenate(which), np.concatenate(rows)
 
 
 def _widened(block: NDArray[np.float16], wide: Float32) -> Float32:

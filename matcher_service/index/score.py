@@ -63,32 +63,6 @@ def widen(halves: NDArray[np.float16], out: Float32) -> Float32:
     return np.multiply(out, _HALF_BIAS, out=out)
 
 
-def pair_products(stored: NDArray[np.float16], rows: Int64, probes: Float32, which: Int64) -> Float32:
-    """Float32 products [m] of pairs, within `float32_margin` of their scores; in this thread alone.
-
-    `which` int64 [m] is in runs of equal numbers, best long ones.
-    """
-    products = np.empty(rows.size, np.float32)
-    if not rows.size:
-        return products
-    step = max(1, (_BLOCK_ELEMENTS // 2) // stored.shape[1])
-    halves = np.empty((step, stored.shape[1]), np.float16)
-    wide = np.empty((step, stored.shape[1]), np.float32)
-    for start in range(0, rows.size, step):
-        here = slice(start, min(start + step, rows.size))
-        size = here.stop - here.start
-        np.take(stored, rows[here], axis=0, out=halves[:size], mode="clip")
-        widen(halves[:size], wide[:size])
-        mine = which[here]
-        begins = np.flatnonzero(np.diff(mine)) + 1
-        if begins.size * 8 < size:
-            for first, last in zip([0, *begins], [*begins, size], strict=True):
-                np.einsum("ij,j->i", wide[first:last], probes[mine[first]], out=products[start + first : start + last])
-        else:
-            np.einsum("ij,ij->i", wide[:size], probes[mine], out=products[here])
-    return products
-
-
 def norms(rows: NDArray[np.floating]) -> Float64:
     """Euclidean norms, float64 [n], of the rows of [n, d]; computed in blocks, so that little is held."""
     count, dimension = rows.shape

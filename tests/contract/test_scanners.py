@@ -226,7 +226,7 @@ def test_the_filter_serves_usual_floors_with_a_certificate_and_flat_scans_have_n
 
 def test_a_probe_that_takes_too_many_rows_is_scanned_in_full() -> None:
     """Half of the gallery is one face: the filter would take half of its rows for that probe, not for others."""
-    stored = gallery(12, 6000, 512)
+    stored = gallery(12, 12_000, 512)
     stored[::2] = stored[0]
     # Which rows a filter takes besides hangs on the rotation; this one is fixed, so that the five stay few.
     scanner = build_fastscan(stored, entropy=12)

@@ -9,14 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from matcher_service.index.score import (
-    exact_scores,
-    float32_margin,
-    norms,
-    pair_products,
-    pair_scores,
-    widen,
-)
+from matcher_service.index.products import Products
+from matcher_service.index.score import exact_scores, float32_margin, norms, pair_scores, widen
 from matcher_service.terms import Float32
 
 
@@ -57,16 +51,22 @@ def test_every_finite_float16_is_widened_to_itself() -> None:
 
 
 @pytest.mark.parametrize("dimension", [1, 7, 128, 512])
-@pytest.mark.parametrize("run", [1, 40])
-def test_a_float32_product_is_within_its_margin_of_the_score(dimension: int, run: int) -> None:
+def test_a_float32_product_is_within_its_margin_of_the_score(dimension: int) -> None:
     stored, probes = rows_and_probes(11, 900, dimension, 50)
-    which = np.repeat(np.arange(50), run)[:900]
-    rows = np.random.default_rng(3).integers(0, 900, which.size)
-    margin = float32_margin(dimension, float(norms(stored).max()), norms(probes))[which]
-    scores = pair_scores(stored, rows, probes, which)
-    assert (np.abs(pair_products(stored, rows, probes, which).astype(np.float64) - scores) <= margin).all()
-    by_blas = np.einsum("ij,ij->i", (probes @ stored.astype(np.float32).T)[which], np.eye(900)[rows])
-    assert (np.abs(by_blas - scores) <= margin).all()
+    margin = float32_margin(dimension, float(norms(stored).max()), norms(probes))[:, None]
+    scores = np.stack([exact_scores(stored, probe) for probe in probes])
+    assert (np.abs(probes @ stored.astype(np.float32).T - scores) <= margin).all()
+    by_faiss, rows = Products(stored).best(probes, 900)
+    assert (np.sort(rows, axis=1) == np.arange(900)).all()
+    assert (np.abs(by_faiss - np.take_along_axis(scores, rows, axis=1)) <= margin).all()
+
+
+def test_products_are_those_of_the_stored_rows_themselves_and_no_copy() -> None:
+    stored, probes = rows_and_probes(12, 40, 64)
+    products = Products(stored)
+    stored[7] = probes[0].astype(np.float16)
+    assert products.best(probes, 1)[1].tolist() == [[7]]
+    assert products.best(probes, 50)[1][0, 40:].tolist() == [-1] * 10
 
 
 def test_the_margin_bounds_the_worst_signs_too() -> None:
@@ -82,7 +82,7 @@ def test_the_margin_bounds_the_worst_signs_too() -> None:
     assert 0 < error <= margin
 
 
-def test_no_pairs_give_no_products_and_no_scores() -> None:
+def test_no_pairs_have_no_scores() -> None:
     stored, probes = rows_and_probes(5, 3, 16)
     none = np.empty(0, np.int64)
-    assert pair_products(stored, none, probes, none).size == pair_scores(stored, none, probes, none).size == 0
+    assert pair_scores(stored, none, probes, none).size == 0
