@@ -15,15 +15,21 @@ pytestmark = pytest.mark.cluster
 SUITES = (
     "tests/contract/test_models.py",
     "tests/contract/test_scanners.py",
+    "tests/contract/test_shards.py",
     "tests/unit/test_models_card.py",
     "tests/unit/test_models_hosted.py",
     "tests/unit/test_models_score_calibrator.py",
     "tests/unit/test_models_template_adapter.py",
     "tests/unit/test_index_certificate.py",
     "tests/unit/test_index_choose.py",
+    "tests/unit/test_index_engine.py",
     "tests/unit/test_index_score.py",
+    "tests/unit/test_index_shares.py",
     "tests/unit/test_merge.py",
+    "tests/unit/test_partitions.py",
     "tests/unit/test_segment_file.py",
+    "tests/unit/test_shards_exchange.py",
+    "tests/unit/test_shards_following.py",
 )
 
 
