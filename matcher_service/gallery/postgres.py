@@ -16,6 +16,7 @@ import os
 import selectors
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,6 +40,8 @@ nothing."""
 POLL_S = 0.25
 """How long news may take when a notification is lost. As often the listening connection is seen to be alive."""
 VERSION_LEAST = 15
+# A machine that vanished acknowledges nothing any more, which shows before a reply is overdue.
+_LINK = {"tcp_user_timeout": 5000, "keepalives_idle": 2, "keepalives_interval": 1, "keepalives_count": 3}
 
 # Two numbers that mean nothing else: the name of the lock in the database.
 _TAKE_TURN = "SELECT pg_advisory_xact_lock(1296127052, 1)"
@@ -142,6 +145,7 @@ class PostgresDatabase:
         self.writer = self._engine(1)
         self.reader = self._engine(readers, *_READING)
         self._listener: _Listener | None = None
+        self._wiping: BoundedConnection | None = None
 
     def __str__(self) -> str:
         return self._url.set(drivername="postgresql").render_as_string(hide_password=True)
@@ -191,6 +195,7 @@ class PostgresDatabase:
         """
         try:
             with _connect(self._url, autocommit=True, reply_s_max=_LONG_S_MAX) as connection:
+                self._wiping = connection
                 connection.execute(f"VACUUM (TRUNCATE false) {', '.join(_ERASABLE)}")
                 (dead,) = connection.execute(_DEAD_LEFT, (list(_ERASABLE),)).fetchone() or (0,)
         except psycopg.Error as broken:
@@ -198,11 +203,18 @@ class PostgresDatabase:
                 f"templates were erased, but their old versions could not be vacuumed away: {_words(broken)}",
                 hint="erase again; look at the database server",
             ) from broken
+        finally:
+            self._wiping = None
         return not dead
 
     def dispose(self) -> None:
         if self._listener is not None:
             self._listener.end()
+        wiping = self._wiping
+        if wiping is not None:
+            # The next process to start does it all again.
+            with suppress(psycopg.Error):
+                wiping.cancel_safe(timeout=CONNECT_S_MAX)
         self.reader.dispose()
         self.writer.dispose()
 
@@ -279,6 +291,8 @@ class _Listener:
 def _connect(url: URL, *options: str, autocommit: bool = False, reply_s_max: float | None = None) -> BoundedConnection:
     _, found = url.get_dialect()().create_connect_args(url)
     arguments = dict(found)
+    for name, value in _LINK.items():
+        arguments.setdefault(name, value)
     arguments.setdefault("connect_timeout", CONNECT_S_MAX)
     arguments.setdefault("target_session_attrs", "primary")
     arguments.setdefault("application_name", "matcher-service")

@@ -92,6 +92,8 @@ class ServedPostgres:
         command = [self._programs / "initdb", "-D", self._data, "-U", USER, "--auth=trust", "--encoding=UTF8"]
         # A collation that orders otherwise than bytes do: what relies on byte order must say so itself.
         command += ["--locale-provider=icu", "--icu-locale=en", "--locale=C.UTF-8"]
+        # A cluster without content: only what is written to it later must outlast anything.
+        command += ["--no-sync"]
         done = subprocess.run(command, cwd=self.folder, user=self._account, capture_output=True, text=True)
         if done.returncode != 0:
             raise CannotServe(f"initdb failed: {done.stderr.strip().splitlines()[-1]}")
@@ -99,8 +101,8 @@ class ServedPostgres:
     def url(self, database: str) -> str:
         return f"postgresql://{USER}@127.0.0.1:{self.port}/{database}"
 
-    def start(self) -> None:
-        """Start, and return once it answers. Raises ServerDied."""
+    def start(self, *more: str) -> None:
+        """Start, this time with `more` settings, and return once it answers. Raises ServerDied."""
         settings = (
             "fsync=on",
             "listen_addresses=127.0.0.1",
@@ -109,6 +111,7 @@ class ServedPostgres:
             "max_connections=60",
             "shared_buffers=64MB",
             *self._settings,
+            *more,
         )
         command = [self._programs / "postgres", "-D", self._data, *(part for one in settings for part in ("-c", one))]
         until = time.monotonic() + START_S_MAX

@@ -574,6 +574,17 @@ async def test_law_10_deleting_a_gallery_ends_its_references_and_makes_its_templ
     assert await stocked.log.erase(stocked.clock.wall_ms()) == 1
 
 
+@pytest.mark.parametrize("held", [0, 2, 3, 7])
+async def test_a_large_gallery_is_deleted_in_parts(stocked: World, monkeypatch: pytest.MonkeyPatch, held: int) -> None:
+    monkeypatch.setattr("matcher_service.gallery.transaction._ENDED_AT_ONCE", 3)
+    await stocked.do(*(enrol(f"r{number}") for number in range(held)), enrol("kept", gallery_id="immigration"))
+    await stocked.do(DeleteGallery("custody", "over"))
+    assert await stocked.log.references("custody", "", 99) == []
+    assert len(await stocked.log.references("immigration", "", 99)) == 1
+    assert (await stocked.audited())[-1]["detail"] == {"reason": "over", "references": held}
+    assert await stocked.log.erase(stocked.clock.wall_ms()) == held
+
+
 async def test_a_gallery_created_used_and_deleted_in_one_append_is_gone(stocked: World) -> None:
     await stocked.do(
         CreateGallery(gallery("brief")),
