@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from matcher_service.commands import (
+    access,
     authority,
     calibrate,
     canary,
@@ -52,6 +53,8 @@ app.add_typer(galleries.spaces, name="spaces")
 app.add_typer(authority.deployments, name="deployments")
 app.add_typer(authority.cases, name="cases")
 app.add_typer(galleries.watchlists, name="watchlists")
+app.add_typer(access.credentials, name="credentials")
+app.add_typer(access.proposals, name="proposals")
 app.add_typer(recorded.alerts, name="alerts")
 app.add_typer(recorded.audit, name="audit")
 

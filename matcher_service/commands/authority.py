@@ -31,6 +31,12 @@ def create_deployment(
     opens: Opens = "now",
     probe_age: Annotated[str, typer.Option(help="A probe captured longer ago is refused.")] = "60s",
     place: Annotated[str, typer.Option(help="Where.")] = "",
+    legal_authority: Annotated[str, typer.Option(help="The law and the decision that it rests on.")] = "",
+    necessity: Annotated[str, typer.Option(help="Why nothing less would do.")] = "",
+    camera: Annotated[
+        list[str] | None, typer.Option(help="A camera it is authorised for; repeat. Without: any.")
+    ] = None,
+    threshold: Annotated[float | None, typer.Option(help="Raises the galleries' thresholds.")] = None,
     rank_max: RankMax = 10,
     http: Http = HTTP_URL,
     token_file: TokenFile = None,
@@ -47,6 +53,10 @@ def create_deployment(
         "authorised_by": authorised_by,
         "reason": reason,
         "place": place,
+        "legal_authority": legal_authority,
+        "necessity": necessity,
+        "cameras": camera or [],
+        "threshold": threshold,
         "rank_max": rank_max,
     }
     if opens != "now":  # left out, the service's own clock says
@@ -112,6 +122,9 @@ def create_case(
     requested_by: Annotated[str, typer.Option(help="Who asks.")],
     purpose: Annotated[str, typer.Option(help="What for.")],
     opens: Opens = "now",
+    immigration_authority: Annotated[
+        str, typer.Option(help="What an immigration gallery among them is searched on.")
+    ] = "",
     rank_max: RankMax = 50,
     http: Http = HTTP_URL,
     token_file: TokenFile = None,
@@ -126,6 +139,7 @@ def create_case(
         "closes_at_ms": time_ms(closes, "closes", now_ms),
         "requested_by": requested_by,
         "purpose": purpose,
+        "immigration_authority": immigration_authority,
         "rank_max": rank_max,
     }
     if opens != "now":

@@ -59,6 +59,11 @@ def edge(
     space: Annotated[
         str, typer.Option(help="Template space NAME/VERSION/DIMENSION. Without: that of the galleries.")
     ] = "",
+    camera: Annotated[str, typer.Option(help="Where the deployment names its cameras: the one that saw these.")] = "",
+    certificate_file: Annotated[
+        Path | None, typer.Option(help="PEM client certificate: the credential, instead of a token.")
+    ] = None,
+    key_file: Annotated[Path | None, typer.Option(help="PEM key of the client certificate.")] = None,
     server: Server = GRPC_ADDRESS,
     http: Http = HTTP_URL,
     token_file: TokenFile = None,
@@ -66,6 +71,9 @@ def edge(
     as_json: AsJson = False,
 ) -> None:
     """Stream the templates of a file and show what is answered.
+
+    The token may be an edge credential's secret, which is exchanged for a short-lived token at --http. An edge node
+    has no view of the galleries: name the --space.
 
     --json prints a line for each answer and a last one with the summary. The exit code is 1 if any probe
     was rejected, not searched for in full, or could not be sent.
@@ -85,11 +93,33 @@ def edge(
         "gallery_ids": gallery or [],
         "threshold": threshold,
         "rank_max": rank_max,
+        "camera_id": camera,
     }
-    client = client_to(server, token_file, ca_file, in_flight_messages_max=window, deadline_s=deadline_ms / 1000)
+    client = client_to(
+        server,
+        token_file,
+        ca_file,
+        token="" if certificate_file is not None else _token(http, token_file, ca_file),
+        certificate_file=certificate_file,
+        key_file=key_file,
+        in_flight_messages_max=window,
+        deadline_s=deadline_ms / 1000,
+    )
     streaming = _Streaming(client, templates, named, common, batch=batch, rate=rate, now=now, as_json=as_json)
     asyncio.run(streaming.run())
     raise typer.Exit(0 if streaming.all_well else 1)
+
+
+def _token(http: str, token_file: Path | None, ca_file: Path | None) -> str:
+    """The token presented; for an edge credential's secret the one that it is exchanged for."""
+    from matcher_service.commands.http_api import api_to, path_of
+    from matcher_service.commands.options import token_from
+
+    token = token_from(token_file)
+    if not token.startswith("edge."):
+        return token
+    with api_to(http, token_file, ca_file) as api:
+        return str(api.post(path_of("tokens"))["token"])
 
 
 def _space_of(

@@ -65,18 +65,31 @@ def token_from(token_file: Path | None) -> str:
     return token
 
 
-def client_to(server: str, token_file: Path | None, ca_file: Path | None, **more: float) -> MatcherClient:
-    """The gRPC client; `more` goes to MatcherClient."""
+def client_to(
+    server: str,
+    token_file: Path | None,
+    ca_file: Path | None,
+    *,
+    token: str | None = None,
+    certificate_file: Path | None = None,
+    key_file: Path | None = None,
+    **more: float,
+) -> MatcherClient:
+    """The gRPC client; `more` goes to MatcherClient. `token` None: that of the file; "": the client certificate is the
+    credential."""
     from matcher_service.client import MatcherClient, Tls
     from matcher_service.errors import InvalidInput
 
-    tls = None
-    if ca_file is not None:
-        try:
-            tls = Tls(root_certificates=ca_file.read_bytes())
-        except OSError as error:
-            raise InvalidInput(f"cannot read {ca_file}: {error}", field="ca_file", hint="check the path") from error
-    return MatcherClient(server, token_from(token_file), tls=tls, **more)  # type: ignore[arg-type]
+    if (certificate_file is None) != (key_file is None):
+        raise InvalidInput("a certificate needs its key", field="certificate_file", hint="give both files, or neither")
+    files = [ca_file, certificate_file, key_file]
+    try:
+        read = [None if one is None else one.read_bytes() for one in files]
+    except OSError as error:
+        raise InvalidInput(f"cannot read {error.filename}: {error}", field="ca_file", hint="check the paths") from error
+    tls = Tls(root_certificates=read[0], certificate=read[1], key=read[2]) if any(read) else None
+    token = token_from(token_file) if token is None else token
+    return MatcherClient(server, token, tls=tls, **more)  # type: ignore[arg-type]
 
 
 def space_from(text: str) -> SpaceId:
