@@ -27,7 +27,7 @@ from matcher_service.terms import Int64
 SLAB_BYTES = 4 << 20  # 8,192 rows of 512 codes
 _ROW_MULTIPLE = 256  # of the rows of a slab; each tile's rows divide it, so that no tile lies in two
 _SURVIVORS = 1 << 22  # 32 MiB of places
-_LOST = 1 << 16
+_LOST_MIN = 1 << 16  # tiles that may lack room in one launch
 
 
 class Extent(NamedTuple):
@@ -73,7 +73,8 @@ class SlabPool:
             self.returned: deque[list[int]] = deque()
             self.found = kernel.Found(
                 torch.zeros(kernel.HEADER + survivors, dtype=torch.int64, device=device.torch),
-                torch.zeros(_LOST, dtype=torch.int64, device=device.torch),
+                # At least as many as a slab has tiles, of 32-byte rows and 16 of them: the least that is run at once.
+                torch.zeros(max(_LOST_MIN, slab_bytes // (32 * 16)), dtype=torch.int64, device=device.torch),
             )
 
     @property
