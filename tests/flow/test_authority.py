@@ -1,0 +1,237 @@
+"""Deployments and cases: what they must say, and what is refused outside of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+
+from matcher_service import records
+from matcher_service.client import Probes
+from matcher_service.errors import Forbidden, Gone, InvalidInput, MatcherError, NotFound, Overloaded
+from matcher_service.terms import (
+    Actor,
+    Case,
+    CreateCase,
+    CreateDeployment,
+    CreateGallery,
+    Deployment,
+    Gallery,
+    GalleryKind,
+    Outcome,
+    Scope,
+    SpaceId,
+)
+from tests.running_service import DAY_MS, TESTER, WholeService, whole_service
+
+SPACE = SpaceId("test", 1, 8)
+ROWS = np.eye(8, dtype=np.float32)
+OFFICER = Actor("person-high", frozenset((Scope.AUTHORISING_OFFICER,)), person="high")
+OPERATOR = Actor("person-op", frozenset((Scope.OPERATOR,)), person="op")
+
+
+def now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def deployment(**other: Any) -> Deployment:
+    said = {
+        "deployment_id": "square",
+        "gallery_ids": ("custody",),
+        "opens_at_ms": now_ms() - 1000,
+        "closes_at_ms": now_ms() + DAY_MS,
+        "probe_age_ms_max": 60_000,
+        "authorised_by": "Supt. Gray",
+        "reason": "robberies",
+        "place": "Market Square",
+        "legal_authority": "common law; authority 7/26",
+        "necessity": "nothing less has worked",
+    }
+    return Deployment(**{**said, **other})
+
+
+def case(**other: Any) -> Case:
+    said = {
+        "case_reference": "case-1",
+        "gallery_ids": ("custody", "immigration"),
+        "opens_at_ms": now_ms() - 1000,
+        "closes_at_ms": now_ms() + DAY_MS,
+        "requested_by": "DC Hall",
+        "purpose": "burglary 12/26",
+        "immigration_authority": "agreement 3, request 44",
+    }
+    return Case(**{**said, **other})
+
+
+@asynccontextmanager
+async def world(tmp_path: Path, **sections: Any) -> AsyncIterator[WholeService]:
+    async with whole_service(tmp_path, **sections) as service:
+        await service.space(8)
+        for kind in (GalleryKind.CUSTODY, GalleryKind.IMMIGRATION):
+            gallery = Gallery(kind.value, kind, "a force", "a law", "a test", DAY_MS, SPACE, 0.5)
+            await service.running.service.change(CreateGallery(gallery), TESTER)
+            await service.enrol(kind.value, SPACE, ROWS[:1], ["r"], ["s"])
+        yield service
+
+
+async def search(service: WholeService, *gallery_ids: str, count: int = 1, reference: str = "case-1") -> Any:
+    return await service.client.identify(
+        Probes(
+            space=SPACE,
+            probe_ids=[f"p{at}" for at in range(count)],
+            templates=np.repeat(ROWS[:1], count, axis=0),
+            captured_at_ms=[now_ms()] * count,
+            case_reference=reference,
+            gallery_ids=gallery_ids,
+            rank_max=5,
+        )
+    )
+
+
+@pytest.mark.parametrize("field", ["place", "legal_authority", "necessity", "authorised_by", "reason"])
+async def test_an_officers_deployment_says_where_on_what_law_and_why(tmp_path: Path, field: str) -> None:
+    async with world(tmp_path) as service:
+        change = service.running.service.change
+        with pytest.raises(InvalidInput) as refused:
+            await change(CreateDeployment(deployment(**{field: " "})), OFFICER)
+        assert refused.value.field == field
+        await change(CreateDeployment(deployment()), OFFICER)
+
+
+async def test_on_the_loopback_token_a_deployment_may_say_less(tmp_path: Path) -> None:
+    async with world(tmp_path) as service:
+        await service.running.service.change(
+            CreateDeployment(deployment(place="", legal_authority="", necessity="")), TESTER
+        )
+        held = service.running.service.catalogue.deployments["square"]
+        assert (held.place, held.legal_authority, held.necessity) == ("", "", "")
+
+
+@pytest.mark.parametrize(
+    ("other", "field"),
+    [
+        ({"threshold": 0.4}, "threshold"),
+        ({"threshold": 1.1}, "threshold"),
+        ({"threshold": float("nan")}, "threshold"),
+        ({"cameras": ("north", "")}, "cameras[1]"),
+        ({"cameras": tuple(map(str, range(257)))}, "cameras"),
+        ({"gallery_ids": ("custody", "elsewhere")}, "gallery_ids"),
+    ],
+)
+async def test_a_deployment_beyond_its_bounds_is_refused(tmp_path: Path, other: dict[str, Any], field: str) -> None:
+    async with world(tmp_path) as service:
+        with pytest.raises(MatcherError) as refused:
+            await service.running.service.change(CreateDeployment(deployment(**other)), OFFICER)
+        assert refused.value.field == field
+
+
+async def test_outside_its_window_a_deployment_searches_nothing(tmp_path: Path) -> None:
+    async with world(tmp_path) as service:
+        later = deployment(deployment_id="later", opens_at_ms=now_ms() + DAY_MS // 2)
+        await service.running.service.change(CreateDeployment(later), OFFICER)
+        answer = (await service.ask(SPACE, ROWS[:1], deployment_id="later"))["p0"].decision
+        assert (answer.outcome, answer.cause) == (Outcome.REJECTED, "FORBIDDEN")
+
+
+def test_records_of_the_first_release_still_read() -> None:
+    first = records.deployment_dict(deployment())
+    for name in ("cameras", "legal_authority", "necessity", "threshold"):
+        del first[name]
+    held = records.decode_deployment(orjson.dumps(first))
+    assert (held.cameras, held.legal_authority, held.necessity, held.threshold) == ((), "", "", None)
+    searched = records.case_dict(case())
+    del searched["immigration_authority"]
+    assert records.decode_case(orjson.dumps(searched)).immigration_authority == ""
+    rich = deployment(cameras=("a", "b"), threshold=0.7)
+    assert records.decode_deployment(records.encode_deployment(rich)) == rich
+    assert records.decode_case(records.encode_case(case())) == case()
+
+
+# --- cases over an immigration gallery ---------------------------------------------------------------------
+
+
+async def test_an_immigration_gallery_needs_its_own_authority_a_custody_gallery_and_an_officer(tmp_path: Path) -> None:
+    async with world(tmp_path) as service:
+        change = service.running.service.change
+        for wish, actor, field in (
+            (case(immigration_authority=""), OFFICER, "immigration_authority"),
+            (case(immigration_authority=""), TESTER, "immigration_authority"),
+            (case(gallery_ids=("immigration",)), OFFICER, "gallery_ids"),
+            (case(), OPERATOR, "gallery_ids"),
+        ):
+            with pytest.raises((InvalidInput, Forbidden)) as refused:
+                await change(CreateCase(wish), actor)
+            assert refused.value.field == field
+        await change(CreateCase(case(gallery_ids=("custody",), immigration_authority="")), OPERATOR)
+        await change(CreateCase(case(case_reference="case-2")), OFFICER)
+
+
+async def test_custody_is_searched_first_and_immigration_only_when_asked_and_counted_apart(tmp_path: Path) -> None:
+    async with world(tmp_path) as service:
+        await service.running.service.change(CreateCase(case()), OFFICER)
+        for galleries in (("immigration",), ("custody", "immigration")):
+            with pytest.raises(Forbidden, match="after custody"):
+                await search(service, *galleries)
+        first = await search(service)
+        assert {one.gallery_id for one in first.decisions[0].candidates} == {"custody"}
+        assert set(first.thresholds) == {"custody"}
+        with pytest.raises(Forbidden, match="after custody"):
+            await search(service, "custody", "immigration")
+        second = await search(service, "immigration")
+        assert {one.gallery_id for one in second.decisions[0].candidates} == {"immigration"}
+        counted = service.running.service.metrics.case_probes
+        assert counted.labels("custody")._value.get() == 1
+        assert counted.labels("immigration")._value.get() == 1
+        # Another case begins at custody again.
+        await service.running.service.change(CreateCase(case(case_reference="case-2")), OFFICER)
+        with pytest.raises(Forbidden):
+            await search(service, "immigration", reference="case-2")
+
+
+async def test_a_case_of_the_first_release_does_not_reach_an_immigration_gallery(tmp_path: Path) -> None:
+    async with world(tmp_path) as service:
+        old = case(immigration_authority="")
+        (receipt,) = await service.running.service.log.append([CreateCase(old)], TESTER)
+        assert not isinstance(receipt, MatcherError)
+        await service.ask(SPACE, ROWS[:1], case_reference="case-1", min_sequence=receipt.sequence)
+        with pytest.raises(Forbidden, match="no authority for an immigration gallery"):
+            await search(service, "immigration")
+
+
+async def test_searching_everyone_is_more_than_a_case_allows(tmp_path: Path) -> None:
+    async with world(tmp_path, access={"case_probes_per_h_max": 20}) as service:
+        await service.running.service.change(CreateCase(case()), OFFICER)
+        await service.running.service.change(CreateCase(case(case_reference="case-2")), OFFICER)
+        await search(service, count=15)
+        with pytest.raises(Overloaded) as refused:
+            await search(service, count=10)
+        assert (refused.value.retry_after_ms or 0) > 60_000
+        # More cases are no way round: who asks is counted too.
+        with pytest.raises(Overloaded):
+            await search(service, count=10, reference="case-2")
+        await search(service, count=5)
+
+
+async def test_an_authority_that_is_unknown_or_over_is_refused(tmp_path: Path) -> None:
+    async with world(tmp_path) as service:
+        with pytest.raises(NotFound):
+            await search(service, reference="nowhere")
+        over = case(closes_at_ms=now_ms() + 300)
+        await service.running.service.change(CreateCase(over), OFFICER)
+        while now_ms() < over.closes_at_ms:
+            await search_quietly(service)
+        with pytest.raises(Gone):
+            await search(service)
+
+
+async def search_quietly(service: WholeService) -> None:
+    try:
+        await search(service)
+    except Gone:
+        return
