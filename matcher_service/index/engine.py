@@ -499,7 +499,10 @@ class Engine:
     def _choose(self, budget: CompactionBudget, now_ms: int, *, quiet: bool) -> tuple[str, list[Segment]] | None:
         with self._writing:
             for gallery_id, state in self._states.items():
-                sizes = [SegmentSize(one.live, one.dead, one.died_ms_min, one.hurried) for one in state.segments]
+                sizes = [
+                    SegmentSize(one.live, one.dead, one.died_ms_min, one.hurried, not one.coded)
+                    for one in state.segments
+                ]
                 positions = to_rewrite(sizes, budget, now_ms, quiet=quiet)
                 if positions:
                     return gallery_id, [state.segments[i] for i in positions]

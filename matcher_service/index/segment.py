@@ -61,11 +61,12 @@ class Segment:
     """Fixed rows with a scanner over them. `died_at` int64 [n] holds the sequence that ended each row, LIVE
     where none has, and is None until the first row ends; it is written by the one who applies entries. `dead`
     counts the rows ended, `died_ms_min` is the log time of the first of these. A `hurried` scanner is not the
-    best for these rows."""
+    best for these rows; one that is not `coded` scans in full what codes would serve faster."""
 
     content: Rows
     scanner: Scanner
     hurried: bool = False
+    coded: bool = True
     died_at: Int64 | None = None
     dead: int = 0
     died_ms_min: int = NEVER_MS
@@ -217,7 +218,8 @@ class Tail:
             live = np.flatnonzero(self.died_at[: self.rows] == LIVE)
             content, wide = joined([(content, live)]), wide[live]
         scanner = WideScanner(content.stored, wide, self._row_norm_max)
-        return Segment(content, scanner, hurried=worth_codes(*content.stored.shape))
+        worth = worth_codes(*content.stored.shape)
+        return Segment(content, scanner, hurried=worth, coded=not worth)
 
     def dead_sequences(self) -> Int64:
         """Sequences of the rows that have ended."""

@@ -160,7 +160,8 @@ class Snapshots:
             content, scanner_arrays, hurried = read_rows(self._disk.directory, gallery_id, file, key)
             if content.dimension != files.dimension:
                 raise DataDamaged(f"{file.name} holds {content.dimension}-d templates, not {files.dimension}-d")
-            segment = Segment(content, self._scanners.load(content.stored, scanner_arrays), hurried)
+            scanner = self._scanners.load(content.stored, scanner_arrays)
+            segment = Segment(content, scanner, hurried, coded=bool(scanner_arrays) or not hurried)
             one = ends[place]
             if len(one.rows) and not 0 <= int(one.rows.min()) <= int(one.rows.max()) < len(content):
                 raise DataDamaged(f"{files.state.name} ends rows that {file.name} does not have")

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from matcher_service.errors import DataDamaged, MemoryRefused, ShuttingDown
-from matcher_service.index.compaction import CompactionBudget, SegmentSize, to_rewrite
+from matcher_service.index.compaction import PLAIN_ROWS_MAX, CompactionBudget, SegmentSize, to_rewrite
 from matcher_service.index.engine import BuildScanner, Engine
 from matcher_service.index.rows import HashIndex, Names, id_hashes, joined_names
 from matcher_service.index.scanner import Scanner
@@ -343,6 +343,7 @@ sizes = st.lists(
         st.integers(0, 300),
         st.integers(0, 200),
         st.booleans(),
+        st.booleans(),
     ),
     max_size=12,
 )
@@ -360,6 +361,24 @@ def test_what_to_rewrite_is_due_or_worth_it_and_within_the_budget(
     if due:
         assert chosen
         assert set(chosen) <= due
+
+
+def test_while_rows_stream_in_a_row_is_coded_once_and_rarely_again() -> None:
+    """A million rows in tails of 8192: few are ever without codes, and each is coded little more than once."""
+    held: list[SegmentSize] = []
+    budget = CompactionBudget(65_536, ANY_TIME)
+    coded = plain_most = 0
+    for _ in range(122):
+        held.append(SegmentSize(8192, 0, ANY_TIME, True, True))
+        plain_most = max(plain_most, sum(one.live for one in held if one.plain))
+        while chosen := to_rewrite(held, budget, 0, quiet=False):
+            rows = sum(held[i].live for i in chosen)
+            coded += rows
+            held = [one for i, one in enumerate(held) if i not in chosen]
+            held.append(SegmentSize(rows, 0, ANY_TIME, True))
+    assert plain_most <= PLAIN_ROWS_MAX
+    assert coded <= 1.1 * 122 * 8192
+    assert len(held) <= 40
 
 
 @given(st.lists(st.binary(max_size=5), max_size=20), st.data())
