@@ -47,6 +47,7 @@ from matcher_service.terms import (
     SpaceId,
     TemplateSpace,
 )
+from matcher_service.traces import NoTraces
 from matcher_service.wire import matcher_pb2 as pb
 
 Wire = Literal["protobuf", "json base64", "json numbers"]
@@ -323,7 +324,8 @@ async def _batching(
     async def search(batch: Batch) -> Found:
         return Found(nothing_found(len(batch.templates), 1), np.zeros(0), np.ones(len(batch.templates), np.bool_))
 
-    batcher = Batcher(search, ServiceTime(256, 1), clock, metrics, probes_max=rows * _WAITING, searchers=1)
+    time = ServiceTime(256, 1)
+    batcher = Batcher(search, time, clock, metrics, probes_max=rows * _WAITING, searchers=1, traces=NoTraces())
     lane = Lane(plan.source, plan.target, plan.gallery_ids)
 
     async def submit() -> None:

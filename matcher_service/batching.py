@@ -12,7 +12,7 @@ import math
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from matcher_service.errors import CallerFault, DeadlineExceeded, MatcherError, 
 from matcher_service.metrics import Metrics
 from matcher_service.seams import Clock
 from matcher_service.terms import Float32, Float64, Int64, SearchResult, SpaceId
+from matcher_service.traces import Traces
 
 
 class Lane(NamedTuple):
@@ -67,6 +68,7 @@ class _Waiting:
     deadline: float
     min_sequence: int
     answer: asyncio.Future[Found]
+    span: Any
 
     @property
     def rows(self) -> int:
@@ -83,11 +85,13 @@ class Batcher:
         *,
         probes_max: int,
         searchers: int,
+        traces: Traces,
     ) -> None:
         self._search = search
         self._service_time = service_time
         self._clock = clock
         self._metrics = metrics
+        self._traces = traces
         self._probes_max = probes_max
         self._searchers = searchers
         # Bounded by the permits: nothing enters without one.
@@ -110,7 +114,8 @@ class Batcher:
         if templates.shape[0] > permit.rows:
             raise ServiceFault("more probes than permits", hint="report this")
         answer: asyncio.Future[Found] = asyncio.get_running_loop().create_future()
-        waiting = _Waiting(templates, floors, rank_max, deadline, min_sequence, answer)
+        here = self._traces.here()
+        waiting = _Waiting(templates, floors, rank_max, deadline, min_sequence, answer, here)
         async with self._work:
             lanes = self._lanes.setdefault(lane, OrderedDict())
             lanes.setdefault(permit.actor.name, deque()).append(waiting)
@@ -186,7 +191,8 @@ class Batcher:
         began = self._clock.monotonic()
         rows = sum(waiting.rows for waiting in batch)
         try:
-            found = await self._search(_joined(lane, batch))
+            with self._traces.batch([waiting.span for waiting in batch], rows):
+                found = await self._search(_joined(lane, batch))
         except CallerFault as fault:
             # One message's fault must not fall on its neighbours.
             if len(batch) == 1:

@@ -52,6 +52,7 @@ from matcher_service.models.embedder.outcome import TemplateMaker
 from matcher_service.seams import Clock
 from matcher_service.settings import EmbedderSettings, Settings, is_loopback
 from matcher_service.tallies import Tallies
+from matcher_service.traces import name_trace, traces_for
 
 # Time for answers already computed to leave through open streams.
 FAREWELL_S = 1.0
@@ -167,6 +168,7 @@ async def _serving(
     time, catalogue, feed = LawfulTime(clock), Catalogue(), form.feed
     replay = form.follow(catalogue, time)
     await replay.catch_up()
+    traces = traces_for(settings.traces, clock)
 
     batching = settings.batching
     service_time = ServiceTime(batching.batch_probes_max, batching.batches_in_flight_max)
@@ -185,19 +187,20 @@ async def _serving(
         metrics.permits_in_use.labels("enrol"),
     )
     batcher = Batcher(
-        Searching(models, shard, time, clock, metrics),
+        Searching(models, shard, time, clock, metrics, traces),
         service_time,
         clock,
         metrics,
         probes_max=batching.batch_probes_max,
         searchers=batching.batches_in_flight_max,
+        traces=traces,
     )
     conduct = Conduct(settings.access, clock, metrics)
     live_scores = LiveScores(settings.watch.score_sample_every, batcher, shard, clock, metrics)
     alert_records = SqlAlertRecords(log)
     tallies = Tallies(alert_records)
     identify = Identify(
-        catalogue, probes, batcher, replay, log, feed, live_scores, time, clock, metrics, conduct, tallies
+        catalogue, probes, batcher, replay, log, feed, live_scores, time, clock, metrics, conduct, tallies, traces
     )
     writing = Writing(catalogue, references, models, log, replay, time, clock, settings.limits, metrics, shard)
 
@@ -268,6 +271,7 @@ async def _serving(
                     _log.error("tallies_lost", detail=str(error))
     finally:
         await tasks.end()
+        await asyncio.to_thread(traces.close)
 
 
 def _publish_setup(settings: Settings, metrics: Metrics) -> None:
@@ -410,6 +414,7 @@ def configure_logging(level: str) -> None:
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
+            name_trace,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,

@@ -37,6 +37,7 @@ from matcher_service.terms import (
     ProbeMessage,
     SearchRequest,
 )
+from matcher_service.traces import Traces
 
 RECORDED_ALERTS_MAX = 4096
 
@@ -46,8 +47,11 @@ _log = structlog.get_logger(__name__)
 class Searching:
     """What the batcher runs for each batch: adapt, search, calibrate."""
 
-    def __init__(self, models: Models, shard: Shard, time: LawfulTime, clock: Clock, metrics: Metrics) -> None:
+    def __init__(
+        self, models: Models, shard: Shard, time: LawfulTime, clock: Clock, metrics: Metrics, traces: Traces
+    ) -> None:
         self._models = models
+        self._traces = traces
         self._shard = shard
         self._time = time
         self._clock = clock
@@ -58,20 +62,22 @@ class Searching:
 
     async def __call__(self, batch: Batch) -> Found:
         began = self._clock.monotonic()
-        probes = await self._models.adapt(batch.lane.source, batch.lane.target, batch.templates)
+        with self._traces.station("template_adapter"):
+            probes = await self._models.adapt(batch.lane.source, batch.lane.target, batch.templates)
         adapted = self._clock.monotonic()
         self._adapter_seconds.observe(adapted - began)
         usable = np.asarray(probes.any(axis=1))
         floors = batch.floors if usable.all() else np.where(usable[:, None], batch.floors, np.float32(np.inf))
-        result = await self._shard.search(
-            SearchRequest(
-                batch.lane.gallery_ids, probes, floors, batch.rank_max, self._time.now_ms(), batch.min_sequence
-            )
+        request = SearchRequest(
+            batch.lane.gallery_ids, probes, floors, batch.rank_max, self._time.now_ms(), batch.min_sequence
         )
+        with self._traces.station("shards"):
+            result = await self._shard.search(request)
         self._shard_seconds.observe(self._clock.monotonic() - adapted)
         self._certified.inc(result.certified)
         self._scanned.inc(result.scanned)
-        rates = await self._models.false_match_rates(batch.lane.target, result.scores)
+        with self._traces.station("score_calibrator"):
+            rates = await self._models.false_match_rates(batch.lane.target, result.scores)
         return Found(result, rates, usable)
 
 
@@ -90,6 +96,7 @@ class Identify:
         metrics: Metrics,
         conduct: Conduct,
         tallies: Tallies,
+        traces: Traces,
     ) -> None:
         self._catalogue = catalogue
         self._conduct = conduct
@@ -103,6 +110,7 @@ class Identify:
         self._time = time
         self._clock = clock
         self._metrics = metrics
+        self._traces = traces
         self._outcomes = {outcome: metrics.decisions.labels(outcome.value) for outcome in Outcome}
         self._policy_seconds = metrics.station_seconds.labels("policy")
         self._batching_seconds = metrics.station_seconds.labels("batching_and_search")
@@ -111,6 +119,10 @@ class Identify:
 
     async def __call__(self, message: ProbeMessage) -> IdentifyReply:
         """Answer every probe of the message once; raises MatcherError if the message as a whole is refused."""
+        with self._traces.message("identify", message.traceparent, message.received_at, len(message.probe_ids)):
+            return await self._answered(message)
+
+    async def _answered(self, message: ProbeMessage) -> IdentifyReply:
         plan, judged, now_ms = self._judged(message)
         self._conduct.admit(message, plan.kinds)
         watched = self._live_scores.choose(message)
@@ -124,15 +136,16 @@ class Identify:
             searched: list[Decision] = []
             if judged.count:
                 submitted = self._clock.monotonic()
-                found = await self._batcher.submit(
-                    permit,
-                    Lane(plan.source, plan.target, plan.gallery_ids),
-                    templates,
-                    policy.floors(plan, judged.count),
-                    plan.rank_max,
-                    message.deadline,
-                    message.min_sequence,
-                )
+                with self._traces.station("batching"):
+                    found = await self._batcher.submit(
+                        permit,
+                        Lane(plan.source, plan.target, plan.gallery_ids),
+                        templates,
+                        policy.floors(plan, judged.count),
+                        plan.rank_max,
+                        message.deadline,
+                        message.min_sequence,
+                    )
                 self._batching_seconds.observe(self._clock.monotonic() - submitted)
                 sequence = found.result.sequence
                 missing = tuple(sorted({*missing, *found.result.missing}))
@@ -148,7 +161,8 @@ class Identify:
                 message, decisions, thresholds, sequence, policy.POLICY_VERSION, not missing, now_ms
             )
             if alerts or message.case_reference:
-                decisions = await self._audited(message, plan, decisions, alerts)
+                with self._traces.station("audit"):
+                    decisions = await self._audited(message, plan, decisions, alerts)
             if not missing:
                 self._conduct.completed(message, plan.kinds)
             if watched is not None and decisions[watched].outcome is Outcome.NO_CANDIDATE:
@@ -159,7 +173,9 @@ class Identify:
                 )
         self._count(decisions)
         self._tallies.add(message, decisions)
-        self._metrics.identify_seconds.observe(self._clock.monotonic() - message.received_at)
+        # Whoever was not alerted on is not to be found through an exemplar either (law 6).
+        exemplar = self._traces.exemplar() if alerts and any(one.candidates for one in decisions) else None
+        self._metrics.identify_seconds.observe(self._clock.monotonic() - message.received_at, exemplar)
         return IdentifyReply(
             decisions=decisions,
             sequence=sequence,
@@ -174,14 +190,16 @@ class Identify:
         """What may be searched for, of which probes, and the lawful time by which that was judged."""
         began = self._clock.monotonic()
         now_ms = self._time.now_ms()
-        plan = policy.plan(message, self._catalogue, now_ms)
-        judged = policy.judge_probes(message, plan, now_ms)
+        with self._traces.station("policy"):
+            plan = policy.plan(message, self._catalogue, now_ms)
+            judged = policy.judge_probes(message, plan, now_ms)
         self._policy_seconds.observe(self._clock.monotonic() - began)
         return plan, judged, now_ms
 
     def _admitted(self, message: ProbeMessage) -> Permit:
         try:
-            return self._admission.admit(message.actor, len(message.probe_ids), message.deadline)
+            with self._traces.station("admission"):
+                return self._admission.admit(message.actor, len(message.probe_ids), message.deadline)
         except MatcherError:
             self._metrics.refusal_seconds.observe(self._clock.monotonic() - message.received_at)
             raise

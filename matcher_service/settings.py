@@ -129,6 +129,13 @@ class WatchSettings(Section):
     )
 
 
+class TraceSettings(Section):
+    otlp_endpoint: str = Field(
+        "", description="Where traces go, like http://127.0.0.1:4318/v1/traces (OTLP over HTTP); empty: none are made."
+    )
+    share: float = Field(0.01, ge=0, le=1, description="Share of messages traced that no caller traces.")
+
+
 class EmbedderSettings(Section):
     card: str = Field("", description="Model card: dlib-resnet29, or the path of a card file; empty: no /v1/templates.")
     files_dir: Path | None = Field(None, description="Folder with the card's files; default: the package of the extra.")
@@ -175,6 +182,7 @@ class Settings(BaseSettings):
     batching: BatchingSettings = BatchingSettings()  # type: ignore[call-arg]
     index: IndexSettings = IndexSettings()  # type: ignore[call-arg]
     watch: WatchSettings = WatchSettings()  # type: ignore[call-arg]
+    traces: TraceSettings = TraceSettings()  # type: ignore[call-arg]
     embedder: EmbedderSettings = EmbedderSettings()  # type: ignore[call-arg]
     access: AccessSettings = AccessSettings()  # type: ignore[call-arg]
     cluster: ClusterSettings = ClusterSettings()  # type: ignore[call-arg]

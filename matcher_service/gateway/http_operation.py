@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.exposition import choose_encoder
 
 from matcher_service.gateway.http_exchange import json_response
 from matcher_service.gateway.service import Service
@@ -14,9 +14,10 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter(tags=["operation"])
 
     @routes.get("/metrics")
-    async def metrics() -> Response:
-        """In the Prometheus text format."""
-        return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+    async def metrics(request: Request) -> Response:
+        """In the Prometheus text format, or as OpenMetrics for those who ask for it: only that has exemplars."""
+        encoded, media_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encoded(service.metrics.registry), media_type=media_type)
 
     @routes.get("/livez")
     async def live() -> Response:

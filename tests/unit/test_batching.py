@@ -16,6 +16,7 @@ from matcher_service.clock import SystemClock
 from matcher_service.errors import DeadlineExceeded, InvalidInput, ServiceFault, ShardUnavailable
 from matcher_service.metrics import Metrics
 from matcher_service.terms import Actor, SearchResult, SpaceId
+from matcher_service.traces import NoTraces
 
 SPACE = SpaceId("s", 1, 2)
 LANE = Lane(SPACE, SPACE, ("g",))
@@ -74,6 +75,7 @@ async def batching(
         Metrics(CollectorRegistry()),
         probes_max=probes_max,
         searchers=searchers,
+        traces=NoTraces(),
     )
     running = asyncio.create_task(batcher.run())
 
