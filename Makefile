@@ -79,13 +79,16 @@ lint: $(VENV)/.dev  ## ruff, mypy, import contracts
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-bench: bench-search bench-gateway bench-load bench-comparison  ## the benchmark tables
+bench: bench-search bench-gateway bench-access bench-load bench-comparison  ## the benchmark tables
 
 bench-search: $(VENV)/.bench  ## exact search beside its rivals
 	@$(BIN)/python -m benchmarks.search
 
 bench-gateway: $(VENV)/.bench  ## what the path from socket to decision costs, station by station
 	@$(BIN)/python -m benchmarks.gateway
+
+bench-access: $(VENV)/.bench  ## what access control and the audit cost, beside the same without
+	@$(BIN)/python -m benchmarks.access
 
 bench-load: $(VENV)/.bench  ## latency against load, then edge nodes and clerks on a match day
 	@$(BIN)/python -m benchmarks.open_loop --png docs/latency-against-rate.png

@@ -141,9 +141,18 @@ class _Counting:
 
 
 async def over_grpc_streams(
-    address: str, token: str, bodies: Sequence[bytes], *, seconds: float, streams: int, window: int, warm_up_s: float
+    address: str,
+    token: str,
+    bodies: Sequence[bytes],
+    *,
+    seconds: float,
+    streams: int,
+    window: int,
+    warm_up_s: float,
+    finish: Callable[[bytes], bytes] = bytes,
 ) -> Driven:
-    """`streams` streams of one connection, each with at most `window` unanswered messages."""
+    """`streams` streams of one connection, each with at most `window` unanswered messages; `finish` makes each sending
+    of a body."""
     counting = _Counting(warm_up_s, seconds)
 
     async def converse(method: Any, sent: Iterable[tuple[int, bytes]]) -> None:
@@ -155,7 +164,7 @@ async def over_grpc_streams(
                 await room.acquire()
                 if counting.over():
                     break
-                await call.write(body)
+                await call.write(finish(body))
             await call.done_writing()
 
         writing = asyncio.create_task(write())

@@ -62,7 +62,7 @@ RETENTION_MS_MAX = 10 * 365 * 86_400_000
 DEPLOYMENT_MS_MAX = 31 * 86_400_000
 CASE_MS_MAX = 365 * 86_400_000
 PROBE_AGE_MS_MAX = 3_600_000
-EDGE_PROBES_PER_S_MAX = 5_000
+EDGE_PROBES_PER_S_MAX = 100_000
 PROPOSAL_MS_MAX = 7 * 86_400_000
 
 # More references than this in one withdrawal, or of one person in an hour, are a bulk withdrawal.

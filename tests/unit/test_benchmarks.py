@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,10 +46,18 @@ def ended(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(command, process.returncode, out, errors)
 
 
-def rows(*command: str) -> list[dict[str, object]]:
+def rows(*command: str) -> list[dict[str, Any]]:
     process = ended(*command, "--json")
     assert process.returncode == 0, process.stderr[-3000:]
     return [json.loads(line) for line in process.stdout.splitlines()]
+
+
+def test_the_access_benchmark_answers_every_probe_with_everything_on_and_with_it_taken_out() -> None:
+    (found,) = rows("-m", "benchmarks.access", *SMALL, "--message", "4", "--rounds", "2", "--seconds", "0.3",
+                    "--warm-up", "0.1", "--settle", "0", "--alerts", "0.01")  # fmt: skip
+    assert len(found["with_access"]) == len(found["without"]) == 2
+    assert min(*found["with_access"], *found["without"]) > 0
+    assert found["ratio_least"] <= found["ratio"] <= found["ratio_most"]
 
 
 def test_the_gateway_benchmark_gives_each_path_with_the_search_real_and_free() -> None:
