@@ -66,6 +66,10 @@ class Growing(Protocol):
         """A scanner of the rows so far, `stored` float16 [n, d]; `whole` scans them in full."""
         ...
 
+    def frozen(self, stored: NDArray[np.float16], whole: Scanner) -> Scanner:
+        """A scanner of `stored`, float16 [n, d]: the rows appended, in order, or some of them. No more are to come."""
+        ...
+
 
 class Ending(Protocol):
     """A scanner, or a Growing, that erases what it holds of rows which no view shows any more."""

@@ -217,9 +217,11 @@ class Tail:
         if self.dead:
             live = np.flatnonzero(self.died_at[: self.rows] == LIVE)
             content, wide = joined([(content, live)]), wide[live]
-        scanner = WideScanner(content.stored, wide, self._row_norm_max)
+        whole = WideScanner(content.stored, wide, self._row_norm_max)
         worth = worth_codes(*content.stored.shape)
-        return Segment(content, scanner, hurried=worth, coded=not worth)
+        if self.growing is None:
+            return Segment(content, whole, hurried=worth, coded=not worth)
+        return Segment(content, self.growing.frozen(content.stored, whole), hurried=worth)
 
     def dead_sequences(self) -> Int64:
         """Sequences of the rows that have ended."""

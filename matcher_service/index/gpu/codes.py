@@ -62,7 +62,8 @@ def encode(stored: NDArray[np.float16], scale: float, device: Any, odd_max: int 
     errors, reaches = np.empty(count), np.empty(count)
     for start in range(0, count, step):
         here = slice(start, min(start + step, count))
-        wide = torch.from_numpy(np.ascontiguousarray(stored[here])).to(device).to(torch.float64)
+        # A copy, since rows may be read-only and torch knows no such thing.
+        wide = torch.from_numpy(np.array(stored[here])).to(device).to(torch.float64)
         near = torch.clamp(torch.round(wide / scale), -CODE_MAX, CODE_MAX)
         codes[here] = near.to(torch.int8)
         near *= scale

@@ -19,6 +19,8 @@ from matcher_service.index.gpu import kernel
 
 # Of what is free when the device is opened; the rest is for survivors, uploads and other processes' peaks.
 _SHARE = 0.9
+# The interpreter changes the Triton language itself while it runs a kernel: one at a time.
+_interpreting = threading.Lock()
 
 
 class Device:
@@ -83,7 +85,7 @@ class Device:
         tiles: torch.Tensor | None = None,
     ) -> None:
         """See `kernel.launch`."""
-        with torch.cuda.device(self.torch) if self.torch.type == "cuda" else nullcontext():
+        with torch.cuda.device(self.torch) if self.torch.type == "cuda" else _interpreting:
             kernel.launch(tile, codes, slabs, probes, found, rows_per_slab, tiles)
 
 

@@ -37,6 +37,10 @@ class OnDevice(Protocol):
         """A device failed while it was used."""
         ...
 
+    def settle(self, scanner: GpuScanner) -> GpuScanner:
+        """Find a place for rows that have none, now or later; the scanner itself."""
+        ...
+
 
 class Place:
     """Where the codes of some rows are: an extent in a pool, and the odd rows, that have no codes, on the host."""
@@ -199,3 +203,20 @@ class GpuTail:
         if placed is None or placed.extent.rows != len(stored):
             return whole
         return GpuScanner(stored, self._together, whole, Place(self._filter, placed, placed.extent, stored))
+
+    def frozen(self, stored: NDArray[np.float16], whole: Scanner) -> Scanner:
+        """The rows stay where they are, unless some of them have ended."""
+        placed, place = self._placed, None
+        if placed is not None and placed.extent.rows == len(stored):
+            place = Place(self._filter, placed, placed.extent, stored)
+        return self._together.settle(GpuScanner(stored, self._together, whole, place))
+
+    def end(self, rows: Int64) -> None:
+        """Rows that no search will be asked for again: their codes are erased."""
+        if self._placed is None:
+            return
+        try:
+            self._placed.end(rows)
+        except ServiceFault as error:
+            self._together.lost(self._filter, error)
+            self._placed = None

@@ -61,9 +61,15 @@ class GpuScanners:
     # --- making ------------------------------------------------------------------------------------
 
     def build(self, stored: NDArray[np.float16], *, hurried: bool = False) -> Scanner:
-        scanner = GpuScanner(stored, self, FlatScanner(stored))
-        if not self._find_place(scanner):
+        scanner = self.settle(GpuScanner(stored, self, FlatScanner(stored)))
+        if scanner.place is None:
             scanner.whole = self._cpu.build(stored, hurried=hurried)
+        return scanner
+
+    def settle(self, scanner: GpuScanner) -> GpuScanner:
+        """Find a place for the scanner's rows if they have none; if there is none, `tend` goes on looking."""
+        if scanner.place is None:
+            self._find_place(scanner)
         with self._changing:
             self._scanners.add(scanner)
         return scanner
@@ -73,11 +79,9 @@ class GpuScanners:
         return {}
 
     def load(self, stored: NDArray[np.float16], arrays: Mapping[str, NDArray[Any]]) -> Scanner:
-        scanner = GpuScanner(stored, self, FlatScanner(stored))
-        if not self._find_place(scanner):
+        scanner = self.settle(GpuScanner(stored, self, FlatScanner(stored)))
+        if scanner.place is None:
             scanner.whole = self._cpu.load(stored, arrays)
-        with self._changing:
-            self._scanners.add(scanner)
         return scanner
 
     def growing(self, dimension: int) -> GpuTail | None:
