@@ -128,9 +128,10 @@ class Database(Protocol):
         """Let other processes be told of the newest entry, once the transaction of this connection is committed."""
         ...
 
-    def follow(self, tell: Callable[[int, int], None]) -> None:
-        """From now on call `tell` with sequence and time of the newest entry when others have committed some, from a
-        thread that ends with `dispose`."""
+    def follow(self, tell: Callable[[int, int], None], went_back: Callable[[int, int], None]) -> None:
+        """From now on call `tell` with sequence and time of the newest entry when others have committed some; or
+        `went_back` with the newest sequence seen before, and that of now, if entries are gone. From a thread that ends
+        with `dispose`."""
         ...
 
     def lost(self, failure: BaseException) -> bool:
@@ -168,6 +169,7 @@ class SqlGalleryLog:
         self._news = threading.Lock()
         self._head = 0
         self._newest_at_ms = 0
+        self._gone: DataDamaged | None = None
         self._waiting: dict[asyncio.Future[None], asyncio.AbstractEventLoop] = {}
         self._closed = False
 
@@ -193,7 +195,7 @@ class SqlGalleryLog:
         if newest is not None:
             self._head, self._newest_at_ms = newest
         self._settle_keys()
-        self._database.follow(self._tell)
+        self._database.follow(self._tell, self._went_back)
         # A process that dies without closing the log must not hang on this thread: what it cuts off was not
         # acknowledged.
         self._owner = threading.Thread(target=self._own, name="gallery-log-write", daemon=True)
@@ -207,7 +209,7 @@ class SqlGalleryLog:
             raise _cannot_open(self._database, broken) from broken
         self._keyring.require()
         self._inbox.close()
-        self._database.follow(self._tell)
+        self._database.follow(self._tell, self._went_back)
 
     def _settle_keys(self) -> None:
         for gallery_id in self._state.deleted:
@@ -271,6 +273,8 @@ class SqlGalleryLog:
         return answer
 
     async def _put(self, job: Job, unavailable: type[MatcherError]) -> Any:
+        if self._gone is not None:
+            raise self._gone.with_traceback(None)
         try:
             accepted = self._inbox.put(job)
         except RuntimeError:
@@ -444,6 +448,15 @@ class SqlGalleryLog:
             with self._news:
                 self._waiting.pop(news, None)
 
+    def _went_back(self, before: int, now: int) -> None:
+        self._gone = DataDamaged(
+            f"the gallery log ends at {now}, although {before} was read from it: its database has lost entries",
+            hint="a standby that lagged behind took over, or a backup was restored: start gateways and shards anew, "
+            "the shards without their data directories",
+        )
+        _log.critical("%s", self._gone)
+        self._tell(0, 0)
+
     def _tell(self, head: int, at_ms: int) -> None:
         with self._news:
             self._head = max(self._head, head)
@@ -564,6 +577,8 @@ class SqlGalleryLog:
         """What a query finds in one read transaction. Raises LogUnavailable if the log cannot be read."""
         if self._closed:
             raise LogUnavailable("the gallery log is closed", cause=Cause.SHUTTING_DOWN)
+        if self._gone is not None:
+            raise self._gone.with_traceback(None)
 
         def once() -> T:
             with self._database.reader.begin() as connection:

@@ -168,11 +168,11 @@ class PostgresDatabase:
         # Without the numbers: whoever hears it looks.
         connection.exec_driver_sql(f"NOTIFY {_CHANNEL}")
 
-    def follow(self, tell: Callable[[int, int], None]) -> None:
+    def follow(self, tell: Callable[[int, int], None], went_back: Callable[[int, int], None]) -> None:
         def connect() -> BoundedConnection:
             return _connect(self._url, *_READING, autocommit=True, reply_s_max=_LISTENER_REPLY_S_MAX)
 
-        self._listener = _Listener(connect, tell)
+        self._listener = _Listener(connect, tell, went_back)
         self._listener.start()
 
     def lost(self, failure: BaseException) -> bool:
@@ -241,11 +241,20 @@ class PostgresDatabase:
 
 
 class _Listener:
-    """Tells of what other processes commit: at once when the database says so, and by looking now and then."""
+    """Tells of what other processes commit: at once when the database says so, and by looking now and then. Ends by
+    itself when the log has gone back."""
 
-    def __init__(self, connect: Callable[[], BoundedConnection], tell: Callable[[int, int], None]) -> None:
+    def __init__(
+        self,
+        connect: Callable[[], BoundedConnection],
+        tell: Callable[[int, int], None],
+        went_back: Callable[[int, int], None],
+    ) -> None:
         self._connect = connect
         self._tell = tell
+        self._went_back = went_back
+        self._newest = 0
+        self._over = False
         self._ended = threading.Event()
         self._wakes, self._waker = os.pipe()
         self._thread = threading.Thread(target=self._run, name="gallery-log-news", daemon=True)
@@ -264,7 +273,7 @@ class _Listener:
 
     def _run(self) -> None:
         hears = True
-        while not self._ended.is_set():
+        while not self._ended.is_set() and not self._over:
             try:
                 with self._connect() as connection, selectors.DefaultSelector() as either:
                     connection.execute(f"LISTEN {_CHANNEL}")
@@ -280,9 +289,13 @@ class _Listener:
 
     def _listen(self, connection: BoundedConnection, either: selectors.BaseSelector) -> None:
         while not self._ended.is_set():
-            newest = connection.execute(_NEWEST).fetchone()
-            if newest is not None:
-                self._tell(*newest)
+            sequence, at_ms = connection.execute(_NEWEST).fetchone() or (0, 0)
+            if sequence < self._newest:
+                self._over = True
+                self._went_back(self._newest, sequence)
+                return
+            self._newest = sequence
+            self._tell(sequence, at_ms)
             # What came with the answer will not make the socket readable again.
             if not list(connection.notifies(timeout=0)):
                 either.select(POLL_S)

@@ -73,7 +73,7 @@ class SqliteDatabase:
     def announce(self, connection: Connection, sequence: int, at_ms: int) -> None:
         """Nobody else is there to be told."""
 
-    def follow(self, tell: Callable[[int, int], None]) -> None:
+    def follow(self, tell: Callable[[int, int], None], went_back: Callable[[int, int], None]) -> None:
         """Nobody else commits."""
 
     def lost(self, failure: BaseException) -> bool:

@@ -19,7 +19,7 @@ from sqlalchemy import Connection
 
 from matcher_service import audit
 from matcher_service.clock import SystemClock
-from matcher_service.errors import LogUnavailable, NotFound, StartRefused
+from matcher_service.errors import DataDamaged, LogUnavailable, NotFound, StartRefused
 from matcher_service.gallery import postgres
 from matcher_service.gallery.keys import Keyring
 from matcher_service.gallery.log import SqlGalleryLog
@@ -502,6 +502,32 @@ async def test_a_server_that_stands_still_is_given_up_and_found_again(
             (receipt,) = await done(log, enrol("a"))
             assert receipt.sequence == 3
             assert await log.head() == 3
+
+
+async def test_law_1_a_log_that_has_lost_entries_is_neither_read_nor_written(gateways: Gateways) -> None:
+    """Law 1: as when a standby that lagged behind takes over. Numbers that were read would be given out again, and
+    whoever had read them would pass over what bears them now."""
+    writer, log, reader = await gateways.open(), await gateways.open(), await gateways.open(read_only=True)
+    await stock(writer)
+    await done(writer, enrol("a"), enrol("b"))
+    async with asyncio.timeout(PATIENCE_S):
+        for each in (log, reader):
+            await each.wait_beyond(3)
+        waiting = asyncio.create_task(reader.wait_beyond(4))
+        with psycopg.connect(gateways.url) as connection:
+            connection.execute("DELETE FROM entry WHERE sequence > 3")
+        await waiting
+        with pytest.raises(DataDamaged, match="ends at 3, although 4 was read"):
+            await reader.read(0, 9)
+        while True:
+            try:
+                await log.head()
+            except DataDamaged:
+                break
+            await asyncio.sleep(0.01)
+        with pytest.raises(DataDamaged):
+            await log.append([enrol("c")], CLERK)
+    assert [entry.sequence for entry in await (await gateways.open(read_only=True)).read(0, 9)] == [1, 2, 3]
 
 
 async def test_a_gateway_that_stands_still_inside_its_turn_does_not_stop_the_others(
