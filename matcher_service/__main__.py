@@ -24,6 +24,7 @@ from matcher_service.commands import (
     recorded,
     references,
     serving,
+    sizing,
     synthesise,
 )
 
@@ -43,6 +44,7 @@ app.command()(canary.canary)
 app.command()(evaluate.evaluate)
 app.command()(synthesise.synthesise)
 app.command()(inspection.inspect)
+app.command()(sizing.size)
 app.command()(embed.embed)
 app.command("fit-adapter")(fit_adapter.fit_adapter)
 app.command("triton-repository")(embed.triton_repository)
