@@ -69,13 +69,15 @@ def from_hex(text: str) -> Partitions:
 
 
 def parse(text: str) -> Partitions:
-    """The set that an operator writes: numbers and ranges ("0-63, 70"), "all", a bitmap, or nothing for none.
+    """The set that an operator writes: numbers and ranges ("0-63, 70"), "all", "none" (or nothing), or a bitmap.
 
     Raises InvalidInput.
     """
     stripped = text.strip()
     if stripped == "all":
         return ALL_PARTITIONS
+    if stripped == "none":
+        return NO_PARTITIONS
     if len(stripped) == _DIGITS and "-" not in stripped and "," not in stripped:
         return from_hex(stripped)
     chosen: set[int] = set()

@@ -55,7 +55,7 @@ class ShardSettings(_Configured):
     log_url: SecretStr = Field(SecretStr(""), description="postgresql://user:password@host/database of the log.")
     log_url_file: Path | None = Field(None, description="A file that holds that address instead.")
     partitions: Annotated[str, AfterValidator(_sensible)] = Field(
-        "all", description='Partitions to own: ranges such as "0-63, 70", "all", or a bitmap of 64 hexadecimal digits.'
+        "all", description='Partitions to own: ranges such as "0-63, 70", "all", "none", or a bitmap in hexadecimal.'
     )
     threads: int = Field(0, ge=0, description="Threads of a search; 0: all cores.")
     memory_bytes_max: int = Field(0, ge=0, description="Budget of the index; 0: 70% of the machine's memory.")

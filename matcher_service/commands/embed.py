@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from matcher_service.commands.options import AsJson
 from matcher_service.commands.output import print_fields, print_json, print_rows
+from matcher_service.errors import InvalidInput
 
 if TYPE_CHECKING:
     from matcher_service.models.embedder.outcome import Embedding
@@ -100,15 +102,46 @@ def triton_repository(
     card: Annotated[str, typer.Option(help="Model card of face_embedder.")] = "dlib-resnet29",
     files_dir: Annotated[Path | None, typer.Option(help="Folder with the card's files, as the server sees it.")] = None,
     without_embedder: Annotated[bool, typer.Option("--without-embedder", help="Leave face_embedder out.")] = False,
+    shard: Annotated[
+        list[str] | None, typer.Option(help="NAME=PARTITIONS, such as a=0-127: a gallery shard; may be repeated.")
+    ] = None,
+    volumes: Annotated[
+        Path | None, typer.Option(help="Folder, as the server sees it, with a folder for each shard; with --shard.")
+    ] = None,
+    only_shards: Annotated[bool, typer.Option("--only-shards", help="Leave the other models out.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write the model repository for one kind of Triton server; without --gpu for one on a CPU."""
     from matcher_service.models import repository
 
-    models = [one for one in repository.MODELS if not (without_embedder and one == "face_embedder")]
+    left_out = repository.MODELS if only_shards else ("face_embedder",) if without_embedder else ()
+    models = [one for one in repository.MODELS if one not in left_out]
     parameters = {"card": card, "files_dir": str(files_dir or "")}
-    repository.assemble(source, into, models=models, on_gpu=on_gpu, instances=instances, parameters=parameters)
+    shards = _shards(shard or [], volumes)
+    repository.assemble(
+        source, into, models=models, on_gpu=on_gpu, instances=instances, parameters=parameters, shards=shards
+    )
+    made = [*models, *shards]
     if as_json:
-        print_json({"repository": str(into), "models": models})
+        print_json({"repository": str(into), "models": made})
     else:
-        typer.echo(f"{into}: {', '.join(models)}")
+        typer.echo(f"{into}: {', '.join(made)}")
+
+
+def _shards(asked: list[str], volumes: Path | None) -> dict[str, dict[str, str]]:
+    """Parameters of each shard by its name. Raises InvalidInput."""
+    from matcher_service.partitions import parse, ranges
+
+    shards = {}
+    for one in asked:
+        name, given, partitions = one.partition("=")
+        if not given or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in shards:
+            raise InvalidInput(f"{one!r} names no shard of its own", field="--shard", hint="such as a=0-127")
+        owned = parse(partitions)
+        if not owned:
+            raise InvalidInput(f"{one!r} gives the shard no partition", field="--shard", hint="such as a=0-127")
+        shards[name] = {
+            "partitions": ranges(owned),
+            "data_dir": str(volumes / name) if volumes is not None else "",
+        }
+    return shards

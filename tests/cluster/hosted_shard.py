@@ -37,7 +37,7 @@ def served_shards(
     """One server with a model for each of `shards`; their volumes are folders of these names in `folder`/volumes."""
     parameters = {
         name: {
-            "partitions": ranges(partitions),
+            "partitions": ranges(partitions) or "none",
             "data_dir": str(folder / "volumes" / name),
             "keys_dir": str(keys_dir),
             "log_url": log_url,

@@ -74,7 +74,7 @@ def test_what_is_missing_is_named_in_ranges() -> None:
     assert named(ALL_PARTITIONS) == "partitions 0-255"
     assert named(()) == ""
     assert parse(" all ") == ALL_PARTITIONS
-    assert parse("") == frozenset()
+    assert parse("") == parse("none") == frozenset()
 
 
 @pytest.mark.parametrize("text", ["256", "-1", "5-3", "a", "0-300", "1;2", "1--2"])
