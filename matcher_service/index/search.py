@@ -143,7 +143,7 @@ class _Search:
     def _scan(self, part: Part, number: int, sequence: int, floors: Float32, loose: NDArray[np.bool_]) -> None:
         any_loose = bool(loose.any())
         if any_loose:
-            self._raise_floors(part, number, sequence, loose & ~np.isfinite(self._kth))
+            self._raise_floors(part, number, sequence, floors, loose & ~np.isfinite(self._kth))
         floors = np.maximum(floors, self._kth)
         # Without a floor every row is a hit: few such probes at a time.
         boundless = loose & ~np.isfinite(self._kth) if any_loose else loose
@@ -183,17 +183,25 @@ class _Search:
         rows = rows[live]
         return _table(probes, number, len(self._parts), rows, hits.scores[live], part.subject_hashes[rows])
 
-    def _raise_floors(self, part: Part, number: int, sequence: int, lacking: NDArray[np.bool_]) -> None:
-        """Guess until each lacking probe has rank_max subjects or the part has no more rows."""
+    def _raise_floors(
+        self, part: Part, number: int, sequence: int, floors: Float32, lacking: NDArray[np.bool_]
+    ) -> None:
+        """Guess until each lacking probe has rank_max subjects, has come below its floor, or the part has no more
+        rows."""
         count = _HITS_PER_CANDIDATE * int(self._request.rank_max.max())
         chosen = np.flatnonzero(lacking)
         while len(chosen) and count < part.rows:
             at_once = max(1, _HITS_MAX // count)
+            done = np.zeros(len(floors), np.bool_)
             for start in range(0, len(chosen), at_once):
                 some = chosen[start : start + at_once]
                 hits = part.scanner.guess(self._request.probes[some], count)
-                self._raise_by(self._live(part, number, sequence, hits, some))
-            chosen = chosen[~np.isfinite(self._kth[chosen])]
+                guessed = self._live(part, number, sequence, hits, some)
+                # What is below the floor of this gallery is no candidate, though another's floor may be lower.
+                reached = guessed.scores >= floors[guessed.probes]
+                done[guessed.probes[~reached]] = True
+                self._raise_by(_taken(guessed, reached))
+            chosen = chosen[~done[chosen] & ~np.isfinite(self._kth[chosen])]
             count *= 4
 
     def _raise_by(self, guessed: _Table) -> None:

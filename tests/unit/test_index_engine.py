@@ -127,6 +127,22 @@ def test_the_best_few_are_exact_among_ties_duplicates_and_hubs(data: st.DataObje
     assert same(engine.search(request), oracle.search_now(request))
 
 
+def test_rows_below_the_floor_of_their_gallery_take_no_place_from_those_of_another() -> None:
+    """Law 2: each gallery has a threshold of its own, and what is below it is no candidate."""
+    log, engine, oracle = LogWriter(), engine_of(40), FlatOracle()
+    for gallery_id, cosine in (("strict", 0.4), ("mild", 0.3)):
+        log.create(gallery_id, 3)
+        for number in range(42 if gallery_id == "strict" else 41):
+            log.enrol(gallery_id, f"{gallery_id}-{number}", np.array([cosine, 1 - number / 100, 0.1]), f"s{number}")
+    engine.apply(log.entries)
+    oracle.apply_now(log.entries)
+    probe = np.array([[1, 0, 0]], np.float32)
+    request = SearchRequest(
+        ("strict", "mild"), probe, np.array([[0.5, -0.5]], np.float32), np.array([5], np.int64), NOW_MS
+    )
+    assert same(engine.search(request), oracle.search_now(request))
+
+
 def test_a_batch_without_candidates_costs_no_python_per_probe(seed: int) -> None:
     """As many calls for 256 probes as for two."""
     rng = np.random.default_rng(seed)
