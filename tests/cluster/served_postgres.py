@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -62,13 +63,14 @@ def _account() -> str | None:
 
 
 class ServedPostgres:
-    """One server over one cluster, which is made when it first starts and removed by `remove`.
+    """One server over one cluster, which is made at once and removed by `remove`; a standby of another server, if one
+    is given.
 
     `kill`, `stop`, `pause` and `resume` act on the server and all processes of its own; the port stays the same over
     restarts, and databases and their content stay too.
     """
 
-    def __init__(self, *settings: str) -> None:
+    def __init__(self, *settings: str, standby_of: ServedPostgres | None = None) -> None:
         self._programs = programs()
         self._account = _account()
         # Not in the folder of a test: that is closed to other accounts.
@@ -81,22 +83,26 @@ class ServedPostgres:
             listener.bind(("127.0.0.1", 0))
             self.port: int = listener.getsockname()[1]
         try:
-            self._make()
+            self._make(standby_of)
         except BaseException:
             self.remove()
             raise
 
-    def _make(self) -> None:
+    def _make(self, standby_of: ServedPostgres | None) -> None:
         if self._account is not None:
             shutil.chown(self.folder, self._account)
-        command = [self._programs / "initdb", "-D", self._data, "-U", USER, "--auth=trust", "--encoding=UTF8"]
-        # A collation that orders otherwise than bytes do: what relies on byte order must say so itself.
-        command += ["--locale-provider=icu", "--icu-locale=en", "--locale=C.UTF-8"]
-        # A cluster without content: only what is written to it later must outlast anything.
-        command += ["--no-sync"]
+        if standby_of is None:
+            command: list[str | Path] = [self._programs / "initdb", "-D", self._data, "-U", USER, "--auth=trust"]
+            # A collation that orders otherwise than bytes do: what relies on byte order must say so itself.
+            command += ["--encoding=UTF8", "--locale-provider=icu", "--icu-locale=en", "--locale=C.UTF-8"]
+            # A cluster without content: only what is written to it later must outlast anything.
+            command += ["--no-sync"]
+        else:
+            command = [self._programs / "pg_basebackup", "-d", standby_of.url("postgres"), "-D", self._data]
+            command += ["--write-recovery-conf", "--checkpoint=fast", "--no-sync"]
         done = subprocess.run(command, cwd=self.folder, user=self._account, capture_output=True, text=True)
         if done.returncode != 0:
-            raise CannotServe(f"initdb failed: {done.stderr.strip().splitlines()[-1]}")
+            raise CannotServe(f"{command[0]} failed: {done.stderr.strip().splitlines()[-1]}")
 
     def url(self, database: str) -> str:
         return f"postgresql://{USER}@127.0.0.1:{self.port}/{database}"
@@ -136,18 +142,20 @@ class ServedPostgres:
 
     def create(self, database: str) -> str:
         """Make a database, in the collation of a language; returns its URL."""
-        self._ask(f'CREATE DATABASE "{database}"')
+        self.ask(f'CREATE DATABASE "{database}"')
         return self.url(database)
 
     def drop(self, database: str) -> None:
         """Remove a database, whoever is connected to it."""
-        self._ask(f'DROP DATABASE IF EXISTS "{database}" WITH (FORCE)')
+        self.ask(f'DROP DATABASE IF EXISTS "{database}" WITH (FORCE)')
 
-    def _ask(self, statement: str) -> None:
+    def ask(self, statement: str) -> list[tuple[Any, ...]]:
+        """Run a statement as the server's superuser; its rows, if it has some."""
         import psycopg
 
         with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
-            connection.execute(statement.encode())
+            cursor = connection.execute(statement.encode())
+            return cursor.fetchall() if cursor.description else []
 
     def log_tail(self, lines: int = 40) -> str:
         return "\n".join(self.log_file.read_text(errors="replace").splitlines()[-lines:])

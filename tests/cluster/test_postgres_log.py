@@ -6,7 +6,7 @@ import asyncio
 import random
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from matcher_service.terms import (
     Withdraw,
     WriteOutcome,
 )
-from tests.cluster.served_postgres import served_postgres
+from tests.cluster.served_postgres import USER, ServedPostgres, served_postgres
 
 pytestmark = pytest.mark.cluster
 
@@ -479,6 +479,35 @@ async def test_writes_and_reads_outlast_a_restart_of_the_server(tmp_path: Path) 
                 assert [entry.reference_id for entry in await reader.read(receipt.sequence - 1, 9)] == [
                     f"kept-{number}"
                 ]
+
+
+async def test_law_5_a_synchronous_standby_takes_over_with_all_that_was_acknowledged(tmp_path: Path) -> None:
+    """Law 5: the primary is killed and its standby promoted. The address names both; nobody is started anew."""
+    with ExitStack() as servers:
+        primary = servers.enter_context(served_postgres())
+        primary.create("log")
+        standby = ServedPostgres(standby_of=primary)
+        servers.callback(standby.remove)
+        standby.start()
+        primary.ask("ALTER SYSTEM SET synchronous_standby_names = '*'")
+        primary.ask("SELECT pg_reload_conf()")
+        hosts = "&".join(f"host=127.0.0.1:{one.port}" for one in (standby, primary))
+        url = f"postgresql://{USER}@/log?{hosts}"
+        async with AsyncExitStack() as stack:
+            with pytest.raises(StartRefused, match="standby"):
+                await open_postgres_log(standby.url("log"), tmp_path / "keys", StorageSettings(), SystemClock())
+            gateways = Gateways(url, tmp_path / "keys", stack)
+            log, reader = await gateways.open(), await gateways.open(read_only=True)
+            await stock(log)
+            await done(log, *(enrol(f"r{number}") for number in range(50)))
+            primary.kill()
+            await asyncio.to_thread(standby.ask, "SELECT pg_promote()")
+            (receipt,) = await done(log, enrol("after"))
+            assert receipt.sequence == 53
+            async with asyncio.timeout(PATIENCE_S):
+                await reader.wait_beyond(52)
+            assert [entry.sequence for entry in await reader.read(0, 99)] == list(range(1, 54))
+            audit.verify(await log.audit(0, 99))
 
 
 async def test_a_server_that_stands_still_is_given_up_and_found_again(
