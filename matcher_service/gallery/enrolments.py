@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import orjson
 from numpy.typing import NDArray
-from sqlalchemy import Connection, Text, bindparam, insert, select
+from sqlalchemy import Connection, bindparam, insert, select
 
 from matcher_service.errors import MatcherError
 from matcher_service.gallery import judgement, seal
@@ -77,21 +77,34 @@ def _plain(connection: Connection, rows: EnrolRows, timely: NDArray[np.bool_]) -
     if len(set(references)) != len(references) or not timely.any():
         return none
     good = timely.copy()
-    longest = NAME_BYTES_MAX - len(key.encode(errors="replace")) - 1 if key else NAME_BYTES_MAX
-    if not (storable_all([*references, *rows.subject_ids]) and max(map(len, references)) <= longest) or not (
-        storable(key) or not key
-    ):
+    if not _all_fit(rows):
         for row, (reference_id, subject_id) in enumerate(zip(references, rows.subject_ids, strict=True)):
             used = f"{key}\n{reference_id}" if key else reference_id
-            good[row] &= storable(reference_id) and storable(subject_id) and storable(used)
+            # A reference with a line's end in it could not be told from the key before it.
+            good[row] &= storable(subject_id) and storable(used) and storable(reference_id) and "\n" not in reference_id
     kept = np.flatnonzero(good)
+    if not len(kept):
+        return none
     wanted = list(references) if len(kept) == len(rows) else [references[row] for row in kept.tolist()]
     known = _held(connection, rows.gallery_id, wanted)
     if key:
-        known |= _with_used_key(connection, rows.gallery_id, key, wanted)
+        known |= _with_used_key(connection, rows.gallery_id, key)
     if known:
         kept = kept[[reference_id not in known for reference_id in wanted]]
     return kept
+
+
+def _all_fit(rows: EnrolRows) -> bool:
+    """Whether all identifiers can be stored, the key among them, told without a look at each; False may be wrong."""
+    references, key = rows.reference_ids, rows.idempotency_key
+    if key and not storable(key):
+        return False
+    longest = NAME_BYTES_MAX - len(key.encode()) - 1 if key else NAME_BYTES_MAX
+    return (
+        storable_all([*references, *rows.subject_ids])
+        and max(map(len, references)) <= longest
+        and "\n" not in "".join(references)
+    )
 
 
 def _stored(transaction: WriteTransaction, rows: EnrolRows, plain: Int64, expires_at_ms: Int64) -> EnrolRun:
@@ -116,7 +129,9 @@ def _stored(transaction: WriteTransaction, rows: EnrolRows, plain: Int64, expire
     span = {"first": run.sequence, "last": run.last_sequence}
     connection.execute(_TO_LIVE, span)
     if rows.idempotency_key:
-        connection.execute(_TO_KEYS, {**span, "key": rows.idempotency_key + "\n"})
+        # One row for them all, under the key of the first; a key of another row is found by what they have in common.
+        key = f"{rows.idempotency_key}\n{run.reference_ids[0]}"
+        insert_many(connection, enrolment_key, [(run.gallery_id, key, run.sequence, run.at_ms, len(run))])
     transaction.stored_run(run, sealed[-1])
     return run
 
@@ -132,12 +147,17 @@ def _held(connection: Connection, gallery_id: str, reference_ids: list[str]) -> 
     return set(connection.exec_driver_sql(_HELD_POSTGRES, (reference_ids, gallery_id)).scalars())
 
 
-def _with_used_key(connection: Connection, gallery_id: str, key: str, reference_ids: list[str]) -> set[str]:
-    """Which of the references were enrolled under this key, within the window or before."""
-    if connection.dialect.name == "sqlite":
-        names = orjson.dumps(reference_ids).decode()
-        return set(connection.exec_driver_sql(_USED_SQLITE, (names, gallery_id, key)).scalars())
-    return set(connection.exec_driver_sql(_USED_POSTGRES, (reference_ids, gallery_id, f"{key}\n")).scalars())
+def _with_used_key(connection: Connection, gallery_id: str, key: str) -> set[str]:
+    """The references that were enrolled under this key, within the window or before."""
+    used: set[str] = set()
+    of_message = {"gallery": gallery_id, "low": f"{key}\n", "high": f"{key}\v"}
+    for one, sequence, rows in connection.execute(_KEYS, of_message).all():
+        if rows is None:
+            used.add(one[len(key) + 1 :])
+        else:
+            span = {"first": sequence, "last": sequence + rows - 1}
+            used.update(connection.execute(_REFERENCES, span).scalars())
+    return used
 
 
 def _insert_entries(connection: Connection, run: EnrolRun, sealed: list[bytes], attributes: list[bytes]) -> None:
@@ -182,10 +202,6 @@ def _insert_entries(connection: Connection, run: EnrolRun, sealed: list[bytes], 
 _HELD_SQLITE = (
     "SELECT value FROM json_each(?1) WHERE EXISTS (SELECT 1 FROM live WHERE gallery_id = ?2 AND reference_id = value)"
 )
-_USED_SQLITE = (
-    "SELECT value FROM json_each(?1) WHERE EXISTS "
-    "(SELECT 1 FROM enrolment_key WHERE gallery_id = ?2 AND idempotency_key = ?3 || char(10) || value)"
-)
 _ENTRIES_SQLITE = (
     "INSERT INTO entry (sequence, kind, at_ms, gallery_id, reference_id, subject_id, expires_at_ms, sealed, "
     "attributes) "
@@ -197,10 +213,6 @@ _ENTRIES_SQLITE = (
 _HELD_POSTGRES = (
     "SELECT value FROM unnest(%s::text[]) AS value WHERE "
     "(SELECT true FROM live WHERE gallery_id = %s AND reference_id = value)"
-)
-_USED_POSTGRES = (
-    "SELECT value FROM unnest(%s::text[]) AS value WHERE "
-    "(SELECT true FROM enrolment_key WHERE gallery_id = %s AND idempotency_key = %s || value)"
 )
 _SPAN = entry.c.sequence.between(bindparam("first"), bindparam("last"))
 _TO_LIVE = insert(live).from_select(
@@ -214,9 +226,9 @@ _TO_LIVE = insert(live).from_select(
         entry.c.expires_at_ms,
     ).where(_SPAN),
 )
-_TO_KEYS = insert(enrolment_key).from_select(
-    ["gallery_id", "idempotency_key", "sequence", "at_ms"],
-    select(
-        entry.c.gallery_id, bindparam("key", type_=Text) + entry.c.reference_id, entry.c.sequence, entry.c.at_ms
-    ).where(_SPAN),
+_REFERENCES = select(entry.c.reference_id).where(_SPAN)
+_KEYS = select(enrolment_key.c.idempotency_key, enrolment_key.c.sequence, enrolment_key.c.rows).where(
+    enrolment_key.c.gallery_id == bindparam("gallery"),
+    enrolment_key.c.idempotency_key >= bindparam("low"),
+    enrolment_key.c.idempotency_key < bindparam("high"),
 )

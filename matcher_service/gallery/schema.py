@@ -82,6 +82,7 @@ enrolment_key = Table(
     Column("idempotency_key", Name, primary_key=True),
     Column("sequence", BigInteger, nullable=False),
     Column("at_ms", BigInteger, nullable=False),
+    Column("rows", BigInteger, comment="of how many entries from `sequence` on; NULL: of that one"),
     sqlite_with_rowid=False,
 )
 Index("ix_enrolment_key_at_ms", enrolment_key.c.at_ms)

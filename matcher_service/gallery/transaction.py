@@ -12,7 +12,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from sqlalchemy import BindParameter, Connection, Select, bindparam, delete, func, insert, literal, select, update
+from sqlalchemy import (
+    BindParameter,
+    Connection,
+    Select,
+    bindparam,
+    delete,
+    func,
+    insert,
+    literal,
+    literal_column,
+    select,
+    update,
+)
 
 from matcher_service import audit, records
 from matcher_service.errors import LogUnavailable
@@ -150,6 +162,29 @@ class WriteTransaction:
                         self._first_uses[(gallery_id, key)] = FirstUse(sequence, reference_id, subject_id, sealed, None)
                     else:
                         self._keys_outlived.add((gallery_id, key))
+            self._look_up_messages(gallery_id, [key for key in wanted if (gallery_id, key) not in self._first_uses])
+
+    def _look_up_messages(self, gallery_id: str, keys: Sequence[str]) -> None:
+        """Fetch the first uses of those keys that stand for many references at once: `rows` of `enrolment_key`."""
+        references: dict[str, list[str]] = {}
+        for key in keys:
+            message_key, newline, reference_id = key.rpartition("\n")
+            if newline:
+                references.setdefault(message_key, []).append(reference_id)
+        for message_key, wanted in references.items():
+            of_message = {"gallery": gallery_id, "low": f"{message_key}\n", "high": f"{message_key}\v"}
+            for some in _slices(wanted):
+                for key, used_at_ms, sequence, reference_id, subject_id, sealed in self.connection.execute(
+                    _MESSAGE_USES, {**of_message, "wanted": some}
+                ):
+                    if key.rpartition("\n")[0] != message_key:
+                        continue  # of another message, whose key goes on after a line's end
+                    first = FirstUse(sequence, reference_id, subject_id, sealed, None)
+                    place = (gallery_id, f"{message_key}\n{reference_id}")
+                    if used_at_ms > self.at_ms - self.terms.idempotency_window_ms:
+                        self._first_uses[place] = first
+                    elif key == place[1]:
+                        self._keys_outlived.add(place)
 
     def _execute(self, query: Select[Any], on_postgres: str, gallery_id: str, wanted: list[str]) -> Iterable[Any]:
         if self.connection.dialect.name == "postgresql":
@@ -414,7 +449,7 @@ class WriteTransaction:
         if outlived:
             connection.execute(_DROP_KEY, [{"gallery": one, "key": other} for one, other in outlived])
             self._keys_outlived.difference_update(outlived)
-        keys: list[tuple[object, ...]] = [(*place, one, self.at_ms) for place, one in self._keys_out.items()]
+        keys: list[tuple[object, ...]] = [(*place, one, self.at_ms, None) for place, one in self._keys_out.items()]
         insert_many(connection, enrolment_key, keys)
         self._keys_out = {}
         insert_many(connection, audit_record, self._audit_out)
@@ -451,6 +486,30 @@ _FIRST_USES = (
     )
     .join(entry, entry.c.sequence == enrolment_key.c.sequence)
     .where(enrolment_key.c.gallery_id == _GALLERY, enrolment_key.c.idempotency_key.in_(_WANTED))
+)
+_MESSAGE_USES = (
+    select(
+        enrolment_key.c.idempotency_key,
+        enrolment_key.c.at_ms,
+        entry.c.sequence,
+        entry.c.reference_id,
+        entry.c.subject_id,
+        entry.c.sealed,
+    )
+    .select_from(enrolment_key)
+    .join(
+        entry,
+        entry.c.sequence.between(
+            enrolment_key.c.sequence, enrolment_key.c.sequence + enrolment_key.c.rows - literal_column("1")
+        ),
+    )
+    .where(
+        enrolment_key.c.gallery_id == _GALLERY,
+        enrolment_key.c.idempotency_key >= bindparam("low"),
+        enrolment_key.c.idempotency_key < bindparam("high"),
+        enrolment_key.c.rows.is_not(None),
+        entry.c.reference_id.in_(_WANTED),
+    )
 )
 # One look through the index for each name, whatever the planner takes the tables to hold: with statistics from when
 # they were empty it would read all of a gallery for a list of names.

@@ -923,9 +923,13 @@ async def test_rows_repeated_with_their_key_change_nothing(stocked: World) -> No
     assert told(await stocked.log.enrol(rows("a", key="k", first=1), CLERK)) == [Conflict]
     (alone,) = await stocked.do(enrol("b", 1, idempotency_key="k\nb"))
     assert alone == (WriteOutcome.REPEATED, 5, ())
+    longer = await stocked.log.enrol(rows("b", "e", key="k\na", first=1), CLERK)
+    assert told(longer) == [Conflict, (WriteOutcome.ENROLLED, 8)]
+    assert told(await stocked.log.enrol(rows("a\nb", key="k", first=1), CLERK)) == [(WriteOutcome.ENROLLED, 9)]
     stocked.clock.step_wall(25 * HOUR_MS)
     await stocked.do(Withdraw("custody", "a", "x"))
-    assert told(await stocked.log.enrol(rows("a", key="k", first=9), CLERK)) == [(WriteOutcome.ENROLLED, 9)]
+    assert told(await stocked.log.enrol(rows("a", key="k", first=9), CLERK)) == [(WriteOutcome.ENROLLED, 11)]
+    assert told(await stocked.log.enrol(rows("a", key="k", first=9), CLERK)) == [(WriteOutcome.REPEATED, 11)]
 
 
 async def test_law_10_what_is_held_in_memory_for_replay_goes_with_what_is_erased(stocked: World) -> None:
