@@ -1,0 +1,178 @@
+"""Takes enforcements out of a copy of the code, one at a time: `python -m tests.repo.mutations [NAME ...]`.
+
+For each, the test that docs/ACCOUNTABILITY.md names must fail; one that passes all the same proves nothing. Exits 1 if
+there is such a test, or if a mutation no longer fits the code.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+COPIED = ("matcher_service", "tests", "pyproject.toml")
+LIMIT_S = 180
+
+
+class Mutation(NamedTuple):
+    """`old` stands once in `file` (below matcher_service) and becomes `new`."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+MATRIX = "tests/flow/test_access_matrix.py"
+EDGES = "tests/flow/test_edge_credentials.py"
+
+MUTATIONS = (
+    Mutation(
+        "scopes over HTTP",
+        "gateway/http_guard.py",
+        'verbs.require(actor, request.scope["route"].name, verbs.HTTP_VERBS)',
+        "pass",
+        f"{MATRIX}::test_every_endpoint_as_every_role_on_own_and_foreign_objects",
+    ),
+    Mutation(
+        "scopes over gRPC",
+        "gateway/grpc.py",
+        "verbs.require(actor, verb, verbs.GRPC_VERBS)",
+        "pass",
+        f"{MATRIX}::test_every_rpc_as_every_role_on_own_and_foreign_objects",
+    ),
+    Mutation(
+        "rights over galleries",
+        "terms.py",
+        "return self.galleries is None or gallery_id in self.galleries",
+        "return True",
+        f"{MATRIX}::test_every_endpoint_as_every_role_on_own_and_foreign_objects",
+    ),
+    Mutation(
+        "the end of a stolen node's streams",
+        "gateway/grpc.py",
+        "stream.cut(refusal)",
+        "pass",
+        f"{EDGES}::test_law_11_revocation_ends_open_and_idle_streams_and_tokens_within_a_second",
+    ),
+    Mutation(
+        "revocation",
+        "access/standing.py",
+        "if credential.revoked_at_ms is not None and now_ms >= credential.revoked_at_ms:",
+        "if False:",
+        f"{EDGES}::test_law_11_revocation_ends_open_and_idle_streams_and_tokens_within_a_second",
+    ),
+    Mutation(
+        "cameras",
+        "policy.py",
+        "if cameras and message.camera_id not in cameras:",
+        "if False:",
+        f"{EDGES}::test_deployments_are_bound_to_their_cameras",
+    ),
+    Mutation(
+        "replays",
+        "access/sequences.py",
+        "if -ahead >= WINDOW or window.seen >> -ahead & 1:",
+        "if False:",
+        f"{EDGES}::test_a_message_that_is_sent_twice_is_accepted_once",
+    ),
+    Mutation(
+        "two persons",
+        "policy.py",
+        "if not actor.person or actor.person == proposal.proposed_by:",
+        "if False:",
+        f"{MATRIX}::test_by_hand_a_threshold_is_two_persons_business",
+    ),
+    Mutation(
+        "audience",
+        "access/people.py",
+        'if settings.oidc_audience not in _texts(claims.get("aud")):',
+        "if False:",
+        "tests/unit/test_access_people.py::test_a_token_with_one_fault_opens_nothing_and_says_why",
+    ),
+    Mutation(
+        "custody first",
+        "access/conduct.py",
+        "if GalleryKind.CUSTODY in kinds or case_reference not in self._custody_searched:",
+        "if False:",
+        "tests/flow/test_authority.py::"
+        "test_custody_is_searched_first_and_immigration_only_when_asked_and_counted_apart",
+    ),
+    Mutation(
+        "bands",
+        "access/bands.py",
+        "return Scope.RAW_SCORES in actor.scopes",
+        "return True",
+        f"{EDGES}::test_scores_are_bands_unless_the_scope_says_otherwise",
+    ),
+    Mutation(
+        "climbs",
+        "access/climbing.py",
+        "self._cooling[credential] = now + COOL_DOWN_S",
+        "pass",
+        f"{EDGES}::test_a_climb_is_stopped_audited_and_counted",
+    ),
+)
+
+
+@contextmanager
+def mutated(mutation: Mutation) -> Iterator[Path]:
+    """A copy of the code without the enforcement. Raises ValueError if the mutation does not fit."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in COPIED:
+            source = ROOT / name
+            if source.is_dir():
+                shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, copy / name)
+        file = copy / "matcher_service" / mutation.file
+        text = file.read_text()
+        if text.count(mutation.old) != 1:
+            raise ValueError(f"{mutation.name}: {mutation.file} holds {text.count(mutation.old)} of {mutation.old!r}")
+        file.write_text(text.replace(mutation.old, mutation.new))
+        yield copy
+
+
+def noticed(mutation: Mutation) -> bool:
+    """Whether the test fails without the enforcement; raises ValueError if it did not even run."""
+    with mutated(mutation) as copy:
+        # The copy's own package must be found before the installed one.
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", mutation.test]
+        try:
+            ran = subprocess.run(
+                command, cwd=copy, capture_output=True, text=True, timeout=LIMIT_S, env=_environment(copy)
+            )
+        except subprocess.TimeoutExpired:
+            return True  # it waits for ever for what no longer happens
+    if ran.returncode not in (0, 1):
+        raise ValueError(f"{mutation.name}: the test did not run: {ran.stdout[-2000:]}{ran.stderr[-1000:]}")
+    return ran.returncode == 1
+
+
+def _environment(copy: Path) -> dict[str, str]:
+    import os
+
+    return {**os.environ, "PYTHONPATH": str(copy)}
+
+
+def main(names: Sequence[str]) -> int:
+    unnoticed = 0
+    for mutation in MUTATIONS:
+        if names and mutation.name not in names:
+            continue
+        seen = noticed(mutation)
+        unnoticed += not seen
+        print(f"{'noticed' if seen else 'NOT NOTICED':12} {mutation.name}: {mutation.test}", flush=True)
+    return 1 if unnoticed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
