@@ -24,7 +24,7 @@ from matcher_service.gallery.postgres import open_postgres_log
 from matcher_service.partitions import parse
 from matcher_service.seams import GalleryLog
 from matcher_service.settings import IndexSettings, StorageSettings
-from matcher_service.shards.following import FollowingShard
+from matcher_service.shards.following import FollowingShard, OpenLog
 from matcher_service.shards.hosted import HostedShard, Opening
 
 # A predecessor that was told to end still writes its files.
@@ -132,28 +132,32 @@ def _opening(name: str, settings: ShardSettings) -> Opening:
     )
 
     @asynccontextmanager
-    async def opened() -> AsyncIterator[tuple[FollowingShard, GalleryLog]]:
+    async def opened() -> AsyncIterator[tuple[FollowingShard, OpenLog]]:
         async with _locked(settings.data_dir):
             keyring = await asyncio.to_thread(Keyring.open, settings.keys_dir)
             keyring.require()
-            # The log first: without it nothing that the files hold could be answered as fresh.
-            log = await open_postgres_log(settings.address(), keyring, storage, clock, read_only=True)
-            try:
-                shard = await FollowingShard.open(
-                    name,
-                    settings.data_dir / "shard",
-                    _key_of(keyring),
-                    index,
-                    clock,
-                    configured=parse(settings.partitions),
-                    erase_within_s=settings.erase_within_h * 3600,
-                )
+            shard = await FollowingShard.open(
+                name,
+                settings.data_dir / "shard",
+                _key_of(keyring),
+                index,
+                clock,
+                configured=parse(settings.partitions),
+                erase_within_s=settings.erase_within_h * 3600,
+            )
+
+            @asynccontextmanager
+            async def open_log() -> AsyncIterator[GalleryLog]:
+                log = await open_postgres_log(settings.address(), keyring, storage, clock, read_only=True)
                 try:
-                    yield shard, log
+                    yield log
                 finally:
-                    await shard.close()
+                    await log.close()
+
+            try:
+                yield shard, open_log
             finally:
-                await log.close()
+                await shard.close()
 
     return opened
 

@@ -21,6 +21,7 @@ import asyncio
 import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +30,14 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from matcher_service.errors import MatcherError, ShardUnavailable, ShuttingDown
+from matcher_service.errors import (
+    DataDamaged,
+    LogUnavailable,
+    MatcherError,
+    ShardUnavailable,
+    ShuttingDown,
+    StartRefused,
+)
 from matcher_service.index.disk import Disk
 from matcher_service.index.engine import Erased
 from matcher_service.index.memory import budget_bytes
@@ -56,6 +64,11 @@ BLOCK_ENTRIES = 4096
 READ_EVERY_S = 0.1
 TEND_EVERY_S = 1.0
 RETRY_S = 0.5
+# A log that could not be read for so long is opened anew; it may have refused for good, as with DataDamaged at once,
+# which says that it is not the log that was opened any more.
+GIVE_UP_S = 5.0
+
+OpenLog = Callable[[], AbstractAsyncContextManager[GalleryLog]]
 
 _OF_REFERENCES = (EntryKind.ENROL, EntryKind.WITHDRAW)
 
@@ -212,18 +225,24 @@ class FollowingShard:
 
     # --- working -----------------------------------------------------------------------------------
 
-    async def run(self, log: GalleryLog) -> None:
-        """Follow the log, tend the index, carry out assignments, until cancelled."""
+    async def run(self, open_log: OpenLog) -> None:
+        """Follow the log, tend the index, carry out assignments, until cancelled. What is held stays open when the log
+        has to be opened again."""
         while True:
             try:
-                await self._recognise(log)
-                async with asyncio.TaskGroup() as tasks:
-                    tasks.create_task(self._follow(log), name="follow")
-                    tasks.create_task(self._tend(), name="tend")
-                    tasks.create_task(self._reassign(log), name="reassign")
+                async with open_log() as log:
+                    await self._recognise(log)
+                    self._refusals.pop("log", None)
+                    async with asyncio.TaskGroup() as tasks:
+                        tasks.create_task(self._follow(log), name="follow")
+                        tasks.create_task(self._tend(), name="tend")
+                        tasks.create_task(self._reassign(log), name="reassign")
             except* _AnotherLog:
                 _log.error("shard_log_is_another", shard=self._name, applied=self._standing.shard.applied_sequence)
                 await self._begin_anew()
+            except* (LogUnavailable, DataDamaged, StartRefused) as refused:
+                self._refuse("log", refused.exceptions[0])
+                await asyncio.sleep(RETRY_S)
 
     async def close(self) -> None:
         """After `run` has ended: write the files. Closing again changes nothing."""
@@ -232,14 +251,8 @@ class FollowingShard:
             await self._standing.shard.close()
 
     async def _recognise(self, log: GalleryLog) -> None:
-        """Raises _AnotherLog if the files were made from another log than this one."""
-        while True:
-            try:
-                first = await log.read(0, 1)
-                break
-            except MatcherError as refusal:
-                self._refuse("follow", refusal)
-                await asyncio.sleep(RETRY_S)
+        """Raises _AnotherLog if the files were made from another log than this one, and LogUnavailable."""
+        first = await log.read(0, 1)
         if not first:
             if self._standing.shard.applied_sequence:
                 raise _AnotherLog
@@ -261,14 +274,19 @@ class FollowingShard:
     # --- following ---------------------------------------------------------------------------------
 
     async def _follow(self, log: GalleryLog) -> None:
+        read_at = self._clock.monotonic()
         while True:
             try:
                 more = await self._read_on(log)
             except MatcherError as refusal:
                 self._refuse("follow", refusal)
+                late = isinstance(refusal, LogUnavailable) and self._clock.monotonic() - read_at > GIVE_UP_S
+                if late or isinstance(refusal, DataDamaged):
+                    raise
                 await asyncio.sleep(RETRY_S)
                 continue
             self._refusals.pop("follow", None)
+            read_at = self._clock.monotonic()
             if not more:
                 try:
                     async with asyncio.timeout(READ_EVERY_S):

@@ -22,13 +22,12 @@ from numpy.typing import NDArray
 from matcher_service.errors import MatcherError, ShardUnavailable
 from matcher_service.index.fastscan import one_thread
 from matcher_service.partitions import NO_PARTITIONS
-from matcher_service.seams import GalleryLog
 from matcher_service.shards.exchange import ShardAnswer, ShardState, answer_tensors, request_of
-from matcher_service.shards.following import FollowingShard
+from matcher_service.shards.following import FollowingShard, OpenLog
 from matcher_service.terms import SearchRequest, SearchResult
 
-# Opened parts: a shard, and the log that it is to follow. Left again when the shard ends, in whatever way.
-Opening = Callable[[], AbstractAsyncContextManager[tuple[FollowingShard, GalleryLog]]]
+# A shard, opened, and how to open the log that it is to follow. Left again when the shard ends, in whatever way.
+Opening = Callable[[], AbstractAsyncContextManager[tuple[FollowingShard, OpenLog]]]
 
 RETRY_S = 1.0
 # An assignment waits for the disk; a count of rows, for a block of entries that is being applied.
@@ -94,9 +93,9 @@ class HostedShard:
         """Open and follow, again and again, until cancelled: whatever failed, what is on disk and the log remain."""
         while True:
             try:
-                async with self._opening() as (shard, log):
+                async with self._opening() as (shard, open_log):
                     self._shard = shard
-                    await shard.run(log)
+                    await shard.run(open_log)
             except MatcherError as refusal:
                 if str(refusal) != self._refusal:
                     _log.error("shard_not_open", shard=self._name, detail=str(refusal))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Collection
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from matcher_service.errors import LogUnavailable, ShardUnavailable
+from matcher_service.errors import LogUnavailable, ShardUnavailable, StartRefused
 from matcher_service.merge import merge
 from matcher_service.partitions import ALL_PARTITIONS, Partitions, partition_of, share
 from matcher_service.settings import IndexSettings
@@ -74,7 +74,7 @@ async def following_shard(
     shard = await FollowingShard.open(
         "a", directory, lambda _: KEY, SETTINGS, FakeClock(NOW_MS), configured=configured, erase_within_s=3600
     )
-    running = asyncio.create_task(shard.run(log)) if log else None  # type: ignore[arg-type]
+    running = asyncio.create_task(shard.run(lambda: nullcontext(log))) if log else None  # type: ignore[arg-type]
     try:
         yield shard
     finally:
@@ -403,3 +403,39 @@ async def test_the_state_counts_rows_for_a_request_without_probes(tmp_path: Path
         assert dict(state.live) == {name: len(rows) for name, rows in oracle_of(log, LEFT).galleries.items()}
         assert state.bytes_in_memory > 0
         assert state.partitions == LEFT
+
+
+async def test_a_log_that_refuses_for_good_is_opened_anew(tmp_path: Path, rng: np.random.Generator) -> None:
+    """What is held stays open, and is dropped only if the log proves to be another one."""
+    log = LogWriter()
+    write(log, rng, 200)
+    logs = [ReadableLog(log)]
+    opened = 0
+
+    @asynccontextmanager
+    async def open_log() -> AsyncIterator[ReadableLog]:
+        nonlocal opened
+        opened += 1
+        if opened == 2:
+            raise StartRefused("not yet", hint="wait")
+        yield logs[-1]
+
+    shard = await FollowingShard.open(
+        "a", tmp_path, lambda _: KEY, SETTINGS, clock := FakeClock(NOW_MS), configured=LEFT, erase_within_s=3600
+    )
+    running = asyncio.create_task(shard.run(open_log))  # type: ignore[arg-type]
+    await until(stands_at(shard, log, LEFT))
+    held = shard._standing.shard
+    logs[-1].down = True
+    logs.append(ReadableLog(log))
+    await until(lambda: "down" in answer(shard).state.refusal)
+    assert opened == 1
+    clock.advance(following.GIVE_UP_S + 1)
+    await until(lambda: answer(shard).state.refusal == "")
+    write(log, rng, 50)
+    await until(stands_at(shard, log, LEFT))
+    assert (opened, shard._standing.shard) == (3, held)
+    assert_exact(shard, log, LEFT, rng)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    await shard.close()
