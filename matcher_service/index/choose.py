@@ -83,7 +83,7 @@ def sample_cosines(stored: NDArray[np.float16]) -> Float64:
 def looked_at(stored: NDArray[np.float16]) -> Float32:
     """The rows that probes are compared with before a scan, float32 [m, d]: every so many of the stored ones."""
     rows = stored.shape[0]
-    count = min(_LOOKED_AT_MAX, max(64, rows // 64), rows)
+    count = min(_LOOKED_AT_MAX, max(32, rows // 512), rows)
     return stored[np.linspace(0, max(0, rows - 1), count).astype(np.int64)].astype(np.float32)
 
 

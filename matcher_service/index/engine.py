@@ -337,7 +337,7 @@ class Engine:
         state = self._states.pop(gallery_id, None)
         if state is None:
             return
-        parts = [*(segment.content.sequences for segment in state.segments)]
+        parts = [*(segment.content.sequences.all() for segment in state.segments)]
         if state.tail:
             parts.append(state.tail.sequences[: state.tail.rows])
         for sequences in parts:
@@ -491,7 +491,7 @@ class Engine:
                 _carry_ends(segments, kept, fresh)
                 state.segments.append(fresh)
             for segment, rows in zip(segments, kept, strict=True):
-                self._note_erased(gallery_id, np.delete(segment.content.sequences, rows))
+                self._note_erased(gallery_id, np.delete(segment.content.sequences.all(), rows))
             self._changed = True
             self._publish([gallery_id], self._view.sequence)
         return rows_read

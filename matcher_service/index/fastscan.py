@@ -340,7 +340,7 @@ def build_fastscan(
     if odd.size > max(_ALWAYS_ROWS, rows // 1000) or rows == 0:
         builders, odd = {}, np.empty(0, np.int64)  # not unit vectors: nothing to be gained from a filter
     always = np.unique(
-        np.concatenate([odd, *(builder.worst(min(_ALWAYS_ROWS, rows // 1024)) for builder in builders.values())])
+        np.concatenate([odd, *(builder.worst(min(_ALWAYS_ROWS, rows // 2048)) for builder in builders.values())])
     ).astype(np.int64)
     coded = np.delete(row_norms, always)
     state: dict[str, NDArray[Any]] = {

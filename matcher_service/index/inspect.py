@@ -133,8 +133,8 @@ def _segment(directory: Path, gallery_id: str, file: SealedFile, ended: Ended | 
         rows.dimension,
         file.size,
         sum(array.nbytes for array in scanner_arrays.values()),
-        int(rows.sequences.min()) if len(rows) else 0,
-        int(rows.sequences.max()) if len(rows) else 0,
+        int(rows.sequences.all().min()) if len(rows) else 0,
+        int(rows.sequences.all().max()) if len(rows) else 0,
     )
 
 

@@ -31,28 +31,72 @@ def id_hashes(names: Iterable[bytes]) -> UInt32:
 
 
 @dataclass(frozen=True, slots=True)
-class Names:
-    """n ids as UTF-8: name i is arena[offsets[i]:offsets[i+1]]. `offsets` uint32 [n+1], `arena` uint8."""
+class Narrow:
+    """n whole numbers: `least` plus `above`, uint32 [n] where that is wide enough, else int64."""
 
-    offsets: UInt32
+    least: int
+    above: UInt32 | Int64
+
+    @classmethod
+    def of(cls, values: Int64) -> Narrow:
+        least = int(values.min()) if len(values) else 0
+        if len(values) and int(values.max()) - least >= 2**32:
+            return cls(0, values)
+        return cls(least, (values - least).astype(np.uint32))
+
+    def __getitem__(self, rows: Int64 | slice) -> Int64:
+        return self.above[rows].astype(np.int64) + self.least
+
+    def __len__(self) -> int:
+        return len(self.above)
+
+    def all(self) -> Int64:
+        return self[:]
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """n ids as UTF-8. Id i starts in `arena`, uint8, at starts[i // group] + after[i], uint32 and uint16."""
+
+    starts: UInt32
+    after: NDArray[np.uint16]
+    group: int
     arena: UInt8
 
     @classmethod
     def of(cls, names: Sequence[bytes]) -> Names:
         offsets = np.zeros(len(names) + 1, np.int64)
         np.cumsum(np.fromiter(map(len, names), np.int64, len(names)), out=offsets[1:])
-        if offsets[-1] >= 2**32:
+        return cls.at(offsets, np.frombuffer(b"".join(names), np.uint8))
+
+    @classmethod
+    def at(cls, offsets: NDArray[np.integer], arena: UInt8) -> Names:
+        """Id i is arena[offsets[i] : offsets[i + 1]]. Raises DataDamaged if they exceed 4 GiB, or one 64 KiB."""
+        if int(offsets[-1]) >= 2**32:
             raise DataDamaged("the ids of one segment exceed 4 GiB")
-        return cls(offsets.astype(np.uint32), np.frombuffer(b"".join(names), np.uint8))
+        for group in (256, 16, 1):
+            starts = offsets[::group]
+            after = offsets - np.repeat(starts, group)[: len(offsets)]
+            if after.max(initial=0) < 2**16:
+                return cls(starts.astype(np.uint32), after.astype(np.uint16), group, arena)
+        raise AssertionError("a group of one starts at its id")
+
+    @property
+    def offsets(self) -> UInt32:
+        """Where each id starts, and the last one ends: uint32 [n + 1]."""
+        return np.repeat(self.starts, self.group)[: len(self.after)] + self.after
 
     def __getitem__(self, row: int) -> bytes:
-        return self.arena[self.offsets[row] : self.offsets[row + 1]].tobytes()
+        return self.arena[self._start(row) : self._start(row + 1)].tobytes()
+
+    def _start(self, row: int) -> int:
+        return int(self.starts[row // self.group]) + int(self.after[row])
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return len(self.after) - 1
 
     def bytes_in_memory(self) -> int:
-        return int(self.offsets.nbytes + self.arena.nbytes)
+        return int(self.starts.nbytes + self.after.nbytes + self.arena.nbytes)
 
 
 def joined_names(parts: Sequence[tuple[Names, Int64]]) -> Names:
@@ -60,8 +104,7 @@ def joined_names(parts: Sequence[tuple[Names, Int64]]) -> Names:
     lengths = np.concatenate([np.diff(names.offsets.astype(np.int64))[rows] for names, rows in parts])
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
-    arena = np.concatenate([_taken(names, rows) for names, rows in parts])
-    return Names(offsets.astype(np.uint32), arena)
+    return Names.at(offsets, np.concatenate([_taken(names, rows) for names, rows in parts]))
 
 
 def _taken(names: Names, rows: Int64) -> UInt8:
@@ -114,12 +157,12 @@ class HashIndex:
 class Rows:
     """n immutable rows of one gallery.
 
-    `stored` float16 [n, d] C order; `sequences`, `expires_at_ms` int64 [n], `subject_hashes` uint32 [n].
+    `stored` float16 [n, d] C order, `subject_hashes` uint32 [n].
     """
 
     stored: Float16
-    sequences: Int64
-    expires_at_ms: Int64
+    sequences: Narrow
+    expires_at_ms: Narrow
     subject_hashes: UInt32
     by_reference: HashIndex
     references: Names
@@ -133,14 +176,17 @@ class Rows:
         return int(self.stored.shape[1])
 
     def bytes_in_memory(self) -> int:
-        return sum(array.nbytes for array in self.arrays().values())
+        columns = (self.stored, self.sequences.above, self.expires_at_ms.above, self.subject_hashes)
+        found = (self.by_reference.hashes, self.by_reference.rows)
+        names = self.references.bytes_in_memory() + self.subjects.bytes_in_memory()
+        return sum(array.nbytes for array in (*columns, *found)) + names
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Every column by name, as `from_arrays` takes them."""
         return {
             "stored": self.stored,
-            "sequences": self.sequences,
-            "expires_at_ms": self.expires_at_ms,
+            "sequences": self.sequences.all(),
+            "expires_at_ms": self.expires_at_ms.all(),
             "subject_hashes": self.subject_hashes,
             "reference_hashes_sorted": self.by_reference.hashes,
             "reference_rows_sorted": self.by_reference.rows,
@@ -162,14 +208,14 @@ class Rows:
 
         rows = cls(
             stored=column("stored", np.float16, 2),
-            sequences=column("sequences", np.int64),
-            expires_at_ms=column("expires_at_ms", np.int64),
+            sequences=Narrow.of(column("sequences", np.int64)),
+            expires_at_ms=Narrow.of(column("expires_at_ms", np.int64)),
             subject_hashes=column("subject_hashes", np.uint32),
             by_reference=HashIndex(
                 column("reference_hashes_sorted", np.uint32), column("reference_rows_sorted", np.uint32)
             ),
-            references=Names(column("reference_offsets", np.uint32), column("reference_arena", np.uint8)),
-            subjects=Names(column("subject_offsets", np.uint32), column("subject_arena", np.uint8)),
+            references=_names(column("reference_offsets", np.uint32), column("reference_arena", np.uint8)),
+            subjects=_names(column("subject_offsets", np.uint32), column("subject_arena", np.uint8)),
         )
         lengths = {len(one) for one in (rows.stored, rows.expires_at_ms, rows.subject_hashes)}
         lengths |= {len(rows.by_reference.hashes), len(rows.by_reference.rows)}
@@ -179,13 +225,19 @@ class Rows:
         return rows
 
 
+def _names(offsets: UInt32, arena: UInt8) -> Names:
+    if not len(offsets) or offsets[0] != 0 or offsets[-1] != len(arena) or (offsets[1:] < offsets[:-1]).any():
+        raise DataDamaged("the ids do not stand one after another")
+    return Names.at(offsets.astype(np.int64), arena)
+
+
 def joined(parts: Sequence[tuple[Rows, Int64]]) -> Rows:
     """The chosen rows (int64, ascending) of several parts, one part after another."""
     by_row = [(rows.by_reference.by_row(), chosen) for rows, chosen in parts]
     return Rows(
         stored=_joined_column([(rows.stored, chosen) for rows, chosen in parts]),
-        sequences=_joined_column([(rows.sequences, chosen) for rows, chosen in parts]),
-        expires_at_ms=_joined_column([(rows.expires_at_ms, chosen) for rows, chosen in parts]),
+        sequences=Narrow.of(np.concatenate([rows.sequences[chosen] for rows, chosen in parts])),
+        expires_at_ms=Narrow.of(np.concatenate([rows.expires_at_ms[chosen] for rows, chosen in parts])),
         subject_hashes=_joined_column([(rows.subject_hashes, chosen) for rows, chosen in parts]),
         by_reference=HashIndex.of(_joined_column(by_row)),
         references=joined_names([(rows.references, chosen) for rows, chosen in parts]),

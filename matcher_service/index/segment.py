@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from matcher_service.index.choose import worth_codes
-from matcher_service.index.rows import Float16, HashIndex, Names, Rows, UInt32, id_hashes, joined
+from matcher_service.index.rows import Float16, HashIndex, Names, Narrow, Rows, UInt32, id_hashes, joined
 from matcher_service.index.scanner import Growing, Scanner
 from matcher_service.index.score import norms, widen
 from matcher_service.index.wide import WideScanner
@@ -37,7 +37,7 @@ class Part(Protocol):
     @property
     def died_at(self) -> Int64 | None: ...
     @property
-    def expires_at_ms(self) -> Int64: ...
+    def expires_at_ms(self) -> Int64 | Narrow: ...
     @property
     def subject_hashes(self) -> UInt32: ...
     @property
@@ -81,7 +81,7 @@ class Segment:
         return self.rows - self.dead
 
     @property
-    def expires_at_ms(self) -> Int64:
+    def expires_at_ms(self) -> Int64 | Narrow:
         return self.content.expires_at_ms
 
     @property
@@ -231,8 +231,8 @@ class Tail:
         kept = slice(0, self.rows)
         return Rows(
             stored=self.stored[kept].copy(),
-            sequences=self.sequences[kept].copy(),
-            expires_at_ms=self.expires_at_ms[kept].copy(),
+            sequences=Narrow.of(self.sequences[kept]),
+            expires_at_ms=Narrow.of(self.expires_at_ms[kept].copy()),
             subject_hashes=self.subject_hashes[kept].copy(),
             by_reference=HashIndex.of(id_hashes(self.references)),
             references=Names.of(self.references),
