@@ -61,7 +61,19 @@ def test_no_metric_carries_a_label_that_could_name_a_person_or_a_camera() -> Non
 
     metrics = vars(Metrics(CollectorRegistry()))
     labels = {name for metric in metrics.values() for name in getattr(metric, "_labelnames", ())}
-    assert labels <= {"transport", "verb", "result", "outcome", "cause", "station", "flow", "gallery", "how", "kind"}
+    assert labels <= {
+        "transport",
+        "verb",
+        "result",
+        "outcome",
+        "cause",
+        "station",
+        "flow",
+        "gallery",
+        "how",
+        "kind",
+        "replica",
+    }
 
 
 def test_nothing_unfinished_or_private_is_committed() -> None:
