@@ -4,9 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 CORES := $(shell nproc 2>/dev/null || echo 2)
+# torch and the Triton language stand beside the service's environment, which does without them.
+GPU_SITE := .venv-gpu
+TORCH ?= torch==2.13.0
+WITH_TORCH := PYTHONPATH=$(GPU_SITE) $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cluster cluster-demo bench-cluster test-long test-ops ops-files lint bench bench-search bench-soak wire clean
+.PHONY: help demo test test-gpu test-gpu-interpreted bench-gpu test-cluster cluster-demo bench-cluster test-long test-ops ops-files lint bench bench-search bench-soak wire clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -54,6 +58,7 @@ test: $(VENV)/.dev  ## lint, types and the default tests
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 	@$(BIN)/python -m pytest -n $(CORES) --dist worksteal -m 'not slow and not cluster'
+	@$(MAKE) --no-print-directory test-gpu-interpreted
 
 test-cluster: $(VENV)/.cluster  ## the tests on a real Triton server, which is set up in .venv-triton
 	@$(BIN)/python -m pytest -m cluster tests/contract tests/cluster
@@ -63,6 +68,23 @@ cluster-demo: $(VENV)/.cluster  ## a cluster loses a server: what changes and wh
 
 bench-cluster: $(VENV)/.cluster  ## the search through gateway and Triton beside the same engine in process
 	@$(BIN)/python -m benchmarks.cluster
+
+$(GPU_SITE)/.ready: | $(VENV)/.dev
+	@echo "Installing torch and the Triton language into $(GPU_SITE)"
+	@$(PIP) --upgrade --target $(GPU_SITE) $(TORCH) triton
+	@touch $@
+
+test-gpu-interpreted: $(VENV)/.dev  ## the GPU scanner's tests in the Triton language's interpreter; part of make test
+	@if $(MAKE) --no-print-directory $(GPU_SITE)/.ready; then \
+	    $(WITH_TORCH) -m pytest -n $(CORES) --confcutdir=tests/gpu -m 'not slow' tests/gpu; \
+	elif [ -n "$$CI" ]; then exit 1; \
+	else echo "Skipped the tests of the GPU scanner: torch cannot be installed here"; fi
+
+test-gpu: $(GPU_SITE)/.ready  ## the same tests on this machine's GPU, at sizes for one
+	@MATCHER_TEST_GPU=1 $(WITH_TORCH) -m pytest --confcutdir=tests/gpu tests/gpu tests/unit/test_gpu_faiss.py
+
+bench-gpu: $(GPU_SITE)/.ready  ## the GPU scanner beside its rivals, and the ceilings of this machine's GPU
+	@$(WITH_TORCH) -m benchmarks.gpu
 
 test-long: $(VENV)/.dev  ## the long forms: crash loops, state machines
 	@$(BIN)/python -m pytest -m slow
@@ -105,4 +127,4 @@ wire: $(VENV)/.dev  ## regenerate the code of matcher_service/wire/matcher.proto
 	    --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy matcher_service/wire/matcher.proto
 
 clean:  ## remove the virtual environment and the caches
-	@rm -rf $(VENV) .venv-triton .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	@rm -rf $(VENV) $(GPU_SITE) .venv-triton .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

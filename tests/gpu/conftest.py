@@ -19,6 +19,8 @@ else:
     import torch
 
     if not torch.cuda.is_available():
+        if os.environ.get("MATCHER_TEST_GPU"):
+            raise RuntimeError("torch sees no GPU here: see nvidia-smi, or run make test-gpu-interpreted")
         # Before the kernel is imported: it decides then whether it is compiled or interpreted.
         os.environ["TRITON_INTERPRET"] = "1"
 
