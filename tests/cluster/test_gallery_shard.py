@@ -17,6 +17,7 @@ import pytest
 from matcher_service.clock import SystemClock
 from matcher_service.errors import InvalidInput
 from matcher_service.merge import merge
+from matcher_service.models.repository import assemble
 from matcher_service.partitions import ALL_PARTITIONS, NO_PARTITIONS, Partitions, partition_of, share
 from matcher_service.settings import IndexSettings
 from matcher_service.shards.local import LocalShard
@@ -35,10 +36,12 @@ from matcher_service.terms import (
     TemplateSpace,
     Withdraw,
 )
+from tests.cluster.fixtures import MODELS
 from tests.cluster.hosted_shard import ask, asked, fresh, open_log, served_shards, state_of, until_state
 from tests.cluster.served_postgres import ServedPostgres
-from tests.cluster.served_triton import ServedTriton
+from tests.cluster.served_triton import ServedTriton, ServerDied
 from tests.cluster.server_environment import ServerEnvironment
+from tests.cluster.test_server_values import numpy_2_before
 from tests.log_writer import unit_rows
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
@@ -259,15 +262,13 @@ async def test_a_shard_recovers_by_itself_on_an_empty_a_stale_and_a_corrupt_volu
 ) -> None:
     """Killed, left behind, damaged, emptied: started again it answers as one that was never away, and until it knows
     the whole log no answer counts as fresh."""
-    halves = {"a": share(0, 2), "b": share(1, 2)}
-    with served_shards(server_environment, tmp_path, world.log_url, world.keys_dir, halves) as server:
+    with served_shards(server_environment, tmp_path, world.log_url, world.keys_dir, {"a": ALL_PARTITIONS}) as server:
         async with asked(server) as asking:
-            for name in halves:
-                await until_state(asking, name, fresh(world.sequence, halves[name]))
+            await until_state(asking, "a", fresh(world.sequence, ALL_PARTITIONS))
         # In order, so that the files are written and a start finds them.
         server.stop()
         files = {path.name for path in (tmp_path / "volumes").rglob("*.rows")}
-        assert len(files) >= 4
+        assert len(files) >= 2
         for harm in ("stale", "corrupt", "killed", "empty"):
             await world.write(500)
             if harm == "corrupt":
@@ -280,19 +281,17 @@ async def test_a_shard_recovers_by_itself_on_an_empty_a_stale_and_a_corrupt_volu
             await asyncio.to_thread(server.start)
             async with asked(server) as asking:
                 early = await state_of(asking, "a")
-                assert early.sequence == world.sequence or not fresh(0)(early) or early.sequence >= world.sequence
-                for name in halves:
-                    await until_state(asking, name, fresh(world.sequence, halves[name]))
+                assert early.sequence == world.sequence or not fresh(0)(early)
+                await until_state(asking, "a", fresh(world.sequence, ALL_PARTITIONS))
                 request = world.request(64)
-                answers = [await ask(asking, name, request) for name in halves]
-                merged = merge([one.result for one in answers], request.gallery_ids, request.rank_max)
+                found = (await ask(asking, "a", request)).result
                 names = list(world.templates)
                 rows = np.stack([world.templates[name] for name in names]).astype(np.float64)
                 scores = request.probes.astype(np.float64) @ rows.T
                 for probe in range(64):
-                    here = slice(*merged.offsets[probe : probe + 2].tolist())
+                    here = slice(*found.offsets[probe : probe + 2].tolist())
                     expected = {names[place][1] for place in np.flatnonzero(scores[probe] >= 0.35)}
-                    assert set(merged.reference_ids[here]) == expected, harm
+                    assert set(found.reference_ids[here]) == expected, harm
             server.kill() if harm == "corrupt" else server.stop()
 
 
@@ -331,3 +330,21 @@ async def test_a_request_that_makes_no_sense_is_refused_with_its_cause(served: S
             await ask(asking, "a", request)
         assert refused.value.cause is Cause.WRONG_DIMENSION
         assert len((await ask(asking, "a", world.request(3))).result.scores) >= 3
+
+
+@pytest.mark.parametrize("harm", ["numpy", "settings"])
+def test_a_shard_that_cannot_be_right_does_not_load(
+    server_environment: ServerEnvironment, tmp_path: Path, harm: str
+) -> None:
+    """With a numpy that harms tensors, or settings that make no sense, the server says so instead of serving."""
+    parameters = {"data_dir": str(tmp_path / "a"), "keys_dir": str(tmp_path / "keys"), "log_url": "postgresql://h/n"}
+    if harm == "settings":
+        del parameters["keys_dir"]
+    made = assemble(MODELS, tmp_path / "models", models=(), shards={"a": parameters})
+    if harm == "numpy":
+        numpy_2_before(tmp_path / "numpy2", made / "a/1/model.py")
+    server = ServedTriton(server_environment, made, tmp_path / "server.log")
+    with pytest.raises(ServerDied):
+        server.start()
+    log = server.log_file.read_text(errors="replace")
+    assert ("tensors do not arrive as they were sent" if harm == "numpy" else "keys_dir: Field required") in log
