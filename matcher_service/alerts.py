@@ -18,7 +18,7 @@ from matcher_service.terms import Alert
 WAITING_ALERTS_MAX = 1024
 
 # How often the log is asked for what other gateways recorded, and how many alerts at a time.
-RELAY_EVERY_S = 0.1
+RELAY_EVERY_S = 0.25
 RELAYED_AT_ONCE_MAX = 200
 
 _log = structlog.get_logger(__name__)
@@ -93,6 +93,8 @@ class RelayedAlerts(AlertFeed):
 async def _recorded_since(log: GalleryLog, told: set[str] | None) -> tuple[list[Alert], set[str]]:
     """What was recorded after all that was `told` (None: nothing is fresh yet), oldest first; and the ids to be known
     as told next time. The log lists the newest first, so what is fresh stands before the first that is not."""
+    if told and (newest := await log.alerts("", "", 1)) and newest[0].alert_id in told:
+        return [], told
     page = await log.alerts("", "", RELAYED_AT_ONCE_MAX)
     known = {one.alert_id for one in page}
     fresh: list[Alert] = []

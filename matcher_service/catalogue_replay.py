@@ -21,7 +21,7 @@ from matcher_service.replay import BLOCK_ENTRIES, FRESHNESS_LEASE_S
 from matcher_service.seams import Clock, GalleryLog, Models
 from matcher_service.terms import LogEntry
 
-ASK_EVERY_S = 0.1
+ASK_EVERY_S = 0.15
 
 # Beyond the lease when it is waited out: clocks of two machines do not run at quite the same rate.
 LEASE_MARGIN_S = 0.01

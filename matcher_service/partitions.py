@@ -7,6 +7,7 @@ partition i.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 from collections.abc import Collection, Iterable, Sequence
@@ -50,14 +51,16 @@ def share(number: int, count: int) -> Partitions:
     return frozenset(range(number * PARTITION_COUNT // count, (number + 1) * PARTITION_COUNT // count))
 
 
-def to_hex(partitions: Collection[int]) -> str:
+@functools.lru_cache(256)
+def to_hex(partitions: Partitions) -> str:
     """The bitmap of a set: 64 hexadecimal digits, partition 0 in the last one."""
-    bits = sum(1 << one for one in set(partitions))
+    bits = sum(1 << one for one in partitions)
     if bits >> PARTITION_COUNT:
         raise ValueError("a partition is a number from 0 to 255")
     return f"{bits:0{_DIGITS}x}"
 
 
+@functools.lru_cache(256)
 def from_hex(text: str) -> Partitions:
     """The set of a bitmap. Raises InvalidInput if it is not 64 hexadecimal digits."""
     if len(text) != _DIGITS or not all(one in "0123456789abcdefABCDEF" for one in text):
