@@ -185,7 +185,8 @@ class Tail:
         held = len(self.stored)
         if rows <= held:
             return
-        room = max(rows, 2 * held, _TAIL_ROWS_FIRST)
+        # Far more than is needed: what is never written takes no memory, but what is copied takes it twice.
+        room = max(rows, 4 * held, _TAIL_ROWS_FIRST)
         for name in ("stored", "wide", "sequences", "expires_at_ms", "subject_hashes", "died_at"):
             old = getattr(self, name)
             new = np.empty((room, *old.shape[1:]), old.dtype)
@@ -230,14 +231,14 @@ class Tail:
     def _content(self) -> Rows:
         kept = slice(0, self.rows)
         return Rows(
-            stored=self.stored[kept].copy(),
+            stored=self.stored[kept],
             sequences=Narrow.of(self.sequences[kept]),
-            expires_at_ms=Narrow.of(self.expires_at_ms[kept].copy()),
-            subject_hashes=self.subject_hashes[kept].copy(),
+            expires_at_ms=Narrow.of(self.expires_at_ms[kept]),
+            subject_hashes=self.subject_hashes[kept],
             by_reference=HashIndex.of(id_hashes(self.references)),
             references=Names.of(self.references),
             subjects=Names.of(self.subjects),
         )
 
     def bytes_in_memory(self) -> int:
-        return self.stored.nbytes + self.wide.nbytes + self.rows * _TAIL_ROW_OVERHEAD
+        return self.rows * ((2 + 4) * self.stored.shape[1] + _TAIL_ROW_OVERHEAD)
