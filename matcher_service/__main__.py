@@ -11,6 +11,7 @@ import typer
 
 from matcher_service.commands import (
     access,
+    accountability,
     authority,
     calibrate,
     canary,
@@ -48,6 +49,9 @@ app.command()(sizing.size)
 app.command()(embed.embed)
 app.command("fit-adapter")(fit_adapter.fit_adapter)
 app.command("triton-repository")(embed.triton_repository)
+app.command()(accountability.report)
+references.subjects.command("export")(accountability.export_subject)
+app.add_typer(accountability.holds, name="holds")
 app.add_typer(galleries.galleries, name="galleries")
 app.add_typer(references.references, name="references")
 app.add_typer(references.subjects, name="subjects")

@@ -38,6 +38,7 @@ from matcher_service.enrol import Writing
 from matcher_service.errors import LogUnavailable, MatcherError, StartRefused
 from matcher_service.forms import Form
 from matcher_service.gallery.alert_records import SqlAlertRecords
+from matcher_service.gallery.holds import SqlLegalHolds
 from matcher_service.gallery.proofs import SqlAuditProofs
 from matcher_service.gallery.signing import SigningKeys
 from matcher_service.gateway import credentials
@@ -234,6 +235,7 @@ async def _serving(
         templates=templates,
         proofs=proofs,
         alert_records=alert_records,
+        legal_holds=SqlLegalHolds(log),
         approve=writing.approve,
         tokens=tokens,
     )

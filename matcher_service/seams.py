@@ -19,6 +19,7 @@ from matcher_service.terms import (
     EntryKind,
     Float32,
     Float64,
+    LegalHold,
     LogEntry,
     Receipt,
     Reference,
@@ -182,6 +183,20 @@ class AlertRecords(Protocol):
     async def counts(self, authority: str) -> dict[str, int]:
         """All counters of an authority. `alerts` counts those raised; `alerts_open`, `alerts_confirmed`,
         `alerts_rejected` and `alerts_inconclusive` add up to it, also after alerts have been erased."""
+        ...
+
+
+class LegalHolds(Protocol):
+    async def place(self, hold: LegalHold, actor: Actor) -> LegalHold:
+        """Raises Conflict for an id that was used, NotFound (gallery_id). Audited; durable on return."""
+        ...
+
+    async def release(self, hold_id: str, reason: str, by: str, actor: Actor) -> None:
+        """Let what is due be erased. Raises NotFound if no such hold stands."""
+        ...
+
+    async def holds(self) -> list[LegalHold]:
+        """All there were, by id."""
         ...
 
 

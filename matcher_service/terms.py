@@ -854,6 +854,21 @@ class AuditEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class LegalHold:
+    """Pauses the erasure of what is held of a subject, in one gallery or ("") in all; it is not searched for that. A
+    person looks at it again by `review_by_ms`."""
+
+    hold_id: str
+    gallery_id: str
+    subject_id: str
+    requested_by: str
+    authorised_by: str
+    reason: str
+    review_by_ms: int
+    released_at_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
     """Signed word on the audit: its first `size` records have this Merkle root. `root`, `key` (the public part of the
     key it is signed under) and `signature` are hexadecimal."""

@@ -30,6 +30,7 @@ from matcher_service.settings import Settings, load
 from matcher_service.terms import (
     Actor,
     Alert,
+    AuditEvent,
     Candidate,
     Cause,
     Decision,
@@ -59,6 +60,7 @@ class FlatLog:
     def __init__(self) -> None:
         self.held: dict[tuple[str, str], Reference] = {}
         self.raised: list[Alert] = []
+        self.recorded: list[AuditEvent] = []
 
     async def references(self, gallery_id: str, after: str, limit: int) -> list[Reference]:
         found = sorted(one for key, one in self.held.items() if key[0] == gallery_id and key[1] > after)
@@ -73,6 +75,9 @@ class FlatLog:
     async def alerts(self, deployment_id: str, before: str, limit: int) -> list[Alert]:
         newest_first = sorted(self.raised, key=lambda one: one.alert_id, reverse=True)
         return [one for one in newest_first if not before or one.alert_id < before][:limit]
+
+    async def record(self, events: Sequence[AuditEvent], alerts: Sequence[Alert]) -> None:
+        self.recorded += events
 
     async def audit(self, after: int, limit: int) -> list[dict[str, object]]:
         return [{"index": index} for index in range(after + 1, min(after + limit, 5) + 1)]

@@ -39,6 +39,10 @@ HTTP_VERBS: Mapping[str, frozenset[Scope]] = {
     "describe_subject": _only(MANAGER),
     "withdraw_subject": _only(MANAGER),
     "end_ground": _only(MANAGER),
+    "export_subject": _only(MANAGER),
+    "place_hold": _only(OFFICER),
+    "list_holds": _only(OFFICER, AUDITOR),
+    "release_hold": _only(OFFICER),
     "review_reference": _only(MANAGER),
     # galleries and template spaces
     "create_gallery": _only(MANAGER),
@@ -56,6 +60,7 @@ HTTP_VERBS: Mapping[str, frozenset[Scope]] = {
     "create_deployment": _only(OFFICER),
     "list_deployments": _WHO_RUN_SEARCHES | {EDGE},
     "describe_deployment": _WHO_RUN_SEARCHES | {EDGE},
+    "report_deployment": _only(OPERATOR, OFFICER, AUDITOR),
     "end_deployment": _only(OFFICER, OPERATOR),
     "create_case": _only(OFFICER, OPERATOR),
     "list_cases": _only(OPERATOR, OFFICER, AUDITOR),

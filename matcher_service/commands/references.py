@@ -115,13 +115,14 @@ def review_reference(
     as_json: AsJson = False,
 ) -> None:
     """Keep a reference until its next review, because its lawful ground still stands."""
-    body = {"review_by_ms": time_ms(review, "review", now_ms()), "reviewed_by": reviewed_by, "reason": reason}
+    until = time_ms(review, "review", now_ms())
+    body = {"review_by_ms": until, "reviewed_by": reviewed_by, "reason": reason}
     with api_to(http, token_file, ca_file) as api:
         done = api.post(path_of("galleries", gallery_id, "references", reference_id, "review"), body)
     if as_json:
         print_json(done)
     else:
-        typer.echo(f"Kept {reference_id} until {in_words(body['review_by_ms'])} (sequence {done['sequence']}).")
+        typer.echo(f"Kept {reference_id} until {in_words(until)} (sequence {done['sequence']}).")
 
 
 @subjects.command("ground-ended")

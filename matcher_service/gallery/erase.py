@@ -6,7 +6,8 @@ from sqlalchemy import delete, select, tuple_, update
 
 from matcher_service import audit
 from matcher_service.gallery import judgement, lawful
-from matcher_service.gallery.schema import alert, audit_record, enrolment_key, entry, erasure, live
+from matcher_service.gallery.held import is_held
+from matcher_service.gallery.schema import alert, audit_record, enrolment_key, entry, erasure, legal_hold, live
 from matcher_service.gallery.transaction import SERVICE, Held, Note, WriteTransaction
 from matcher_service.terms import DeleteGallery, EndDeployment
 
@@ -36,7 +37,7 @@ def _destroy_watchlists(transaction: WriteTransaction, now_ms: int) -> None:
     """End what has outlived its window: deployments with a watchlist, and watchlists whose own retention is over."""
     closed, outlived = lawful.overdue(transaction, now_ms)
     judgement.judge(transaction, [EndDeployment(one) for one in closed])
-    left = [one for one in outlived if one in transaction.state.galleries]
+    left = sorted({one for one in outlived if one in transaction.state.galleries})
     judgement.judge(transaction, [DeleteGallery(one, "the retention of the watchlist is over") for one in left])
 
 
@@ -53,6 +54,8 @@ def _withdraw_expired(transaction: WriteTransaction, now_ms: int, most: int) -> 
 def _erase_templates(transaction: WriteTransaction, most: int) -> int:
     connection = transaction.connection
     waiting = select(erasure.c.sequence).where(erasure.c.held.is_(None)).order_by(erasure.c.sequence).limit(most)
+    if connection.execute(select(legal_hold.c.hold_id).limit(1)).first() is not None:
+        waiting = waiting.join(entry, entry.c.sequence == erasure.c.sequence).where(~is_held())
     sequences = list(connection.execute(waiting).scalars())
     if sequences:
         chosen = select(waiting.subquery().c.sequence)

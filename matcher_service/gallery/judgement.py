@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from sqlalchemy import select
 from matcher_service import audit, records
 from matcher_service.errors import Conflict, Gone, InvalidInput, LogUnavailable, MatcherError, NotFound
 from matcher_service.gallery import lawful, seal
+from matcher_service.gallery.held import require_unheld
 from matcher_service.gallery.names import check_name
 from matcher_service.gallery.persons import same_person
 from matcher_service.gallery.schema import live
@@ -314,6 +316,8 @@ class _Judge:
         gallery_id = write.gallery_id
         if gallery_id not in self._state.galleries:
             raise self._unknown_gallery(gallery_id)
+        require_unheld(self._transaction, gallery_id)
+        lawful.count_watchlist(self._transaction, self._state.galleries[gallery_id])
         ended = self._transaction.withdraw_gallery(gallery_id)
         record = records.encode_ended("gallery_id", gallery_id, self._at_ms)
         return self._catalogue(
@@ -350,7 +354,9 @@ class _Judge:
     def _end_deployment(self, write: EndDeployment) -> Receipt:
         _check_open(self._state.deployments, "deployment", "deployment_id", write.deployment_id)
         for gallery_id in lawful.ended_with(self._transaction, write.deployment_id):
-            self._delete_gallery(DeleteGallery(gallery_id, f"deployment {write.deployment_id} ended"))
+            # One under a legal hold stays until that is released; it is searched under this deployment alone.
+            with suppress(Conflict):
+                self._delete_gallery(DeleteGallery(gallery_id, f"deployment {write.deployment_id} ended"))
         record = records.encode_ended("deployment_id", write.deployment_id, self._at_ms)
         return self._catalogue("deployment.ended", write.deployment_id, EntryKind.DEPLOYMENT_ENDED, "", record)
 

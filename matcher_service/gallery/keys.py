@@ -67,21 +67,21 @@ class Keyring:
         what was sealed under it could never be read again.
         """
         master, system = self._dir / "master.key", self._dir / "system.key"
-        missing = [path for path in (master, system) if not path.exists()]
-        if missing and not fresh:
+        if not fresh and (missing := [path for path in (master, system) if not path.exists()]):
             raise StartRefused(
                 f"no key at {missing[0]}, and the gallery log holds what was sealed under it",
                 hint="restore the keys directory, or set storage.keys_dir to where it is",
             )
         self._galleries.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._dir.chmod(0o700)
-        if master in missing:
-            write_durably(master, os.urandom(KEY_BYTES))
-            _sync_directory(self._dir.parent)
-        self._load()
-        if system in missing:
-            write_durably(system, self._wrapped("system", os.urandom(KEY_BYTES)))
+        with alone(self._dir):
+            if not master.exists():
+                write_durably(master, os.urandom(KEY_BYTES))
+                sync_directory(self._dir.parent)
             self._load()
+            if not system.exists():
+                write_durably(system, self._wrapped("system", os.urandom(KEY_BYTES)))
+                self._load()
 
     def require(self) -> None:
         """Raises StartRefused if master key or system key are missing; makes nothing."""
@@ -100,6 +100,11 @@ class Keyring:
             self._master = AESGCM(_read_exactly(master, KEY_BYTES))
             if system.exists():
                 self._system = AESGCM(self._unwrapped("system", system))
+
+    @property
+    def directory(self) -> Path:
+        """Where it lives; what else must outlast a restored database lives there too."""
+        return self._dir
 
     def create(self, gallery_id: str) -> None:
         """Make a gallery's key durable. One that is there already stays. Raises Conflict if it was destroyed."""
@@ -155,7 +160,7 @@ class Keyring:
                     file.write(os.urandom(path.stat().st_size))
                     os.fsync(file.fileno())
                 path.unlink()
-                _sync_directory(self._galleries)
+                sync_directory(self._galleries)
             self._ciphers.pop(gallery_id, None)
             self._gone.add(gallery_id)
 
@@ -221,6 +226,14 @@ def _read_exactly(path: Path, size: int) -> bytes:
     return content
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """One process at a time makes keys in a folder: of two gateways that start together, the second finds them made."""
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def write_durably(path: Path, content: bytes) -> None:
     """Put the content in the place of the file, for its owner only; durable on return."""
     aside = path.with_name(path.name + ".tmp")
@@ -230,7 +243,7 @@ def write_durably(path: Path, content: bytes) -> None:
         file.write(content)
         os.fsync(file.fileno())
     aside.rename(path)
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
 @contextmanager
@@ -244,7 +257,8 @@ def _held(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -161,6 +161,18 @@ def require_room(gallery: Gallery, live_now: int) -> None:
         )
 
 
+def count_watchlist(transaction: WriteTransaction, gallery: Gallery) -> None:
+    """Before a watchlist is destroyed, remember for the report how many were on it, and under which categories."""
+    if gallery.watchlist is None:
+        return
+    transaction.flush()
+    authority = records.authority_name(gallery.watchlist.deployment_id, "")
+    held = select(entry.c.attributes).join(live, live.c.sequence == entry.c.sequence)
+    for attributes in transaction.connection.execute(held.where(live.c.gallery_id == gallery.gallery_id)).scalars():
+        transaction.count(authority, "watchlist_entries", 1)
+        transaction.count(authority, f"category_{json.loads(attributes or b'{}').get('category', '')}", 1)
+
+
 def count_live(transaction: WriteTransaction, gallery_id: str) -> int:
     transaction.flush()
     wanted = select(func.count()).select_from(live).where(live.c.gallery_id == gallery_id)
@@ -179,6 +191,10 @@ def overdue(transaction: WriteTransaction, now_ms: int) -> tuple[Sequence[str], 
     watchlists = [one for one in state.galleries.values() if one.watchlist is not None]
     outlived = [one.gallery_id for one in watchlists if one.created_at_ms + one.retention_ms <= now_ms]
     named = {one.watchlist.deployment_id for one in watchlists if one.watchlist is not None}
+    # Those whose deployment ended while a legal hold stood on them wait for its release.
+    outlived += [
+        one.gallery_id for one in watchlists if one.watchlist and state.deployments.get(one.watchlist.deployment_id)
+    ]
     closed = [one for one in sorted(named) if state.closes_at_ms.get(one, now_ms + 1) <= now_ms]
     return closed, outlived
 

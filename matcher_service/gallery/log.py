@@ -36,6 +36,7 @@ from matcher_service.gallery.alert_rows import read_alert
 from matcher_service.gallery.erase import erase
 from matcher_service.gallery.inbox import AppendJob, EnrolJob, EraseJob, Inbox, Job, RecordJob, WorkJob
 from matcher_service.gallery.keys import Keyring
+from matcher_service.gallery.ledger import ErasureLedger, returned
 from matcher_service.gallery.recent import Recent
 from matcher_service.gallery.schema import IS_CATALOGUE, alert, audit_record, entry, live
 from matcher_service.gallery.sqlite import FILE_NAME, SqliteDatabase
@@ -55,6 +56,7 @@ from matcher_service.terms import (
     LogEntry,
     Receipt,
     Reference,
+    Withdraw,
     Write,
 )
 
@@ -166,6 +168,7 @@ class SqlGalleryLog:
         self._wiping = threading.Lock()
         self._wipe_pending = False
         self._doomed: set[str] = set()
+        self._ledger = ErasureLedger(keyring.directory / "erasures")
         self._news = threading.Lock()
         self._head = 0
         self._newest_at_ms = 0
@@ -195,6 +198,7 @@ class SqlGalleryLog:
         if newest is not None:
             self._head, self._newest_at_ms = newest
         self._settle_keys()
+        self._obey_ledger()
         self._database.follow(self._tell, self._went_back)
         # A process that dies without closing the log must not hang on this thread: what it cuts off was not
         # acknowledged.
@@ -361,6 +365,7 @@ class SqlGalleryLog:
         if transaction.destroyed or any(isinstance(job, EraseJob) for job in jobs):
             self._recent.clear()
         self._tell(transaction.sequence, transaction.newest_at_ms)
+        self._remember(transaction)
         self._doomed.update(transaction.destroyed)
         if self._doomed:
             self._destroy_keys(transaction.at_ms)
@@ -384,6 +389,29 @@ class SqlGalleryLog:
         if stored is None:
             raise _outcome_unknown()
         return stored
+
+    def _remember(self, transaction: WriteTransaction) -> None:
+        """Put who was withdrawn into the ledger; what cannot be written is tried again with the next transaction."""
+        try:
+            self._ledger.add(transaction.ended, transaction.sequence, transaction.at_ms)
+        except OSError as broken:
+            _log.error("the erasure ledger could not be written: %s", broken)
+
+    def _obey_ledger(self) -> None:
+        """In a database that was restored, withdraw again who had been withdrawn since its backup."""
+        digests, newest = self._ledger.read()
+        if newest <= self._head:
+            return
+        columns = (live.c.gallery_id, live.c.reference_id, live.c.sequence, live.c.enrolled_at_ms)
+        with self._database.reader.begin() as connection:
+            back = returned(connection.execute(select(*columns)), digests)
+        for start in range(0, len(back), WRITES_PER_APPEND_MAX):
+            writes = [
+                Withdraw(one.gallery_id, one.reference_id, "withdrawn before the database was restored")
+                for one in back[start : start + WRITES_PER_APPEND_MAX]
+            ]
+            self._commit([AppendJob(writes, SERVICE)])
+        _log.warning("the database was restored: %d references were withdrawn again", len(back))
 
     def _destroy_keys(self, at_ms: int) -> None:
         """Destroy the keys of deleted galleries; those that resist are tried again with the next transaction."""

@@ -30,6 +30,7 @@ from matcher_service import audit, records
 from matcher_service.errors import LogUnavailable
 from matcher_service.gallery import seal
 from matcher_service.gallery.keys import Keyring
+from matcher_service.gallery.ledger import Ended
 from matcher_service.gallery.names import storable
 from matcher_service.gallery.schema import (
     alert,
@@ -119,6 +120,7 @@ class WriteTransaction:
         self._found_hash = self._audit_hash
         state.catch_up(connection)
         self.destroyed: list[str] = []
+        self.ended: list[Ended] = []
         self.runs: list[EnrolRun] = []
         # What is known of `live`, including what is not yet stored (None: held nowhere); which of it has a row;
         # which of it has changed.
@@ -236,6 +238,8 @@ class WriteTransaction:
             (self.sequence, _WITHDRAW, self.at_ms, *place, old.subject_id, 0, None, None, attributes)
         )
         self._erase_later(old.sequence)
+        if old.expires_at_ms > self.at_ms:
+            self.ended.append(Ended(*place, old.sequence, old.enrolled_at_ms))
         self._held[place] = None
         self._changed[place] = None
         return self.sequence

@@ -26,6 +26,7 @@ from matcher_service.gateway import (
     http_records,
     http_references,
     http_search,
+    http_subjects,
     http_templates,
     refusals,
 )
@@ -147,6 +148,8 @@ def build_http_app(service: Service) -> ASGIApp:
     app.include_router(http_alert_stream.router(service))
     if service.alert_records is not None:
         app.include_router(http_lawful.router(service, service.alert_records))
+    if service.alert_records is not None and service.legal_holds is not None:
+        app.include_router(http_subjects.router(service, service.alert_records, service.legal_holds))
     if service.proofs is not None:
         app.include_router(http_audit.router(service.proofs))
     http_description.add_to(app)

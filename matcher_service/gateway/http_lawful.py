@@ -16,7 +16,7 @@ from matcher_service.gateway.http_queries import NoQuery
 from matcher_service.gateway.json_bodies import AdjudicationBody, ApprovalBody, GroundEndBody, ReviewBody
 from matcher_service.gateway.service import Service
 from matcher_service.seams import AlertRecords
-from matcher_service.terms import Actor, Alert, ApproveWatchlist, EndGround, ReviewReference
+from matcher_service.terms import Actor, Alert, ApproveWatchlist, AuditEvent, EndGround, ReviewReference
 
 EVIDENCE_REFERENCE_BYTES_MAX = 256
 
@@ -61,7 +61,10 @@ def router(service: Service, alerts: AlertRecords) -> APIRouter:
     @routes.get("/v1/alerts/{alert_id}", tags=["records"])
     async def describe_alert(alert_id: str, request: Request, query: Annotated[NoQuery, Query()]) -> Response:
         """A recorded alert with what people made of it."""
-        return _told(actor_of(request), await visible(alert_id, actor_of(request)))
+        actor = actor_of(request)
+        found = await visible(alert_id, actor)
+        await service.log.record([AuditEvent(actor.name, "alerts.consulted", alert_id)], [])
+        return _told(actor, found)
 
     @routes.post(
         "/v1/alerts/{alert_id}/adjudications",

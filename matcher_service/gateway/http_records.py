@@ -13,6 +13,7 @@ from matcher_service.gateway import encode_json
 from matcher_service.gateway.http_exchange import actor_of, json_response
 from matcher_service.gateway.http_queries import AlertPage, PageAfterIndex
 from matcher_service.gateway.service import Service
+from matcher_service.terms import AuditEvent
 
 
 def router(service: Service) -> APIRouter:
@@ -23,6 +24,8 @@ def router(service: Service) -> APIRouter:
         """Recorded alerts, newest first: those whose candidates are all of galleries the caller has rights over."""
         actor = actor_of(request)
         found = await service.log.alerts(query.deployment_id, query.before, query.limit)
+        detail = {"deployment_id": query.deployment_id, "alerts": len(found)}
+        await service.log.record([AuditEvent(actor.name, "alerts.consulted", "", detail)], [])
         return json_response(
             {
                 "alerts": [

@@ -22,7 +22,7 @@ from matcher_service.gateway.http_exchange import (
 from matcher_service.gateway.http_queries import NoQuery, PageAfterName, Reason, ReasonInGallery
 from matcher_service.gateway.json_bodies import EnrolBody
 from matcher_service.gateway.service import Service
-from matcher_service.terms import Actor, Cause
+from matcher_service.terms import Actor, AuditEvent, Cause
 from matcher_service.wire import matcher_pb2 as pb
 
 
@@ -38,6 +38,10 @@ def router(service: Service) -> APIRouter:
                 cause=Cause.UNKNOWN_GALLERY,
                 hint="GET /v1/galleries lists them; a deleted gallery does not come back",
             )
+
+    async def consulted(actor: Actor, action: str, subject: str, detail: dict[str, object]) -> None:
+        """Put on record that somebody looked; without that record nothing is shown (law 7)."""
+        await service.log.record([AuditEvent(actor.name, action, subject, detail)], [])
 
     @routes.post("/v1/galleries/{gallery_id}/references", openapi_extra=documented(EnrolBody, protobuf="EnrolRequest"))
     async def enrol(gallery_id: str, request: Request, query: Annotated[NoQuery, Query()]) -> Response:
@@ -69,6 +73,7 @@ def router(service: Service) -> APIRouter:
         """What is held in a gallery, in order of reference_id, without templates."""
         require_gallery(gallery_id, actor_of(request))
         found = await service.log.references(gallery_id, query.after, query.limit)
+        await consulted(actor_of(request), "references.consulted", gallery_id, {"references": len(found)})
         return json_response(
             {
                 "references": [
@@ -85,6 +90,7 @@ def router(service: Service) -> APIRouter:
         """What is held of a live reference, without its template."""
         require_gallery(gallery_id, actor_of(request))
         found = await service.log.reference(gallery_id, reference_id)
+        await consulted(actor_of(request), "references.consulted", gallery_id, {"reference_id": reference_id})
         if found is None:
             raise NotFound(
                 "no such live reference", field="reference_id", hint="it was never enrolled, or has been withdrawn"
@@ -110,6 +116,7 @@ def router(service: Service) -> APIRouter:
         """Every live reference of a subject, over all galleries that the caller has rights over."""
         actor = actor_of(request)
         found = [one for one in await service.log.subject(subject_id) if actor.has_rights_over(one.gallery_id)]
+        await consulted(actor, "subject.consulted", "", {"subject_id": subject_id, "references": len(found)})
         return json_response(
             {
                 "subject_id": subject_id,

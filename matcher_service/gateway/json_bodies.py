@@ -141,6 +141,21 @@ class ReviewBody(Body):
     reason: str = Field(description="Why the ground still stands.")
 
 
+class HoldBody(Body):
+    subject_id: str
+    requested_by: str = Field(description="Who asked for it: a court, an inquiry, a defence.")
+    authorised_by: str = Field("", description="For a person who signed in, always that person.")
+    reason: str
+    review_by_ms: Milliseconds = Field(description="When it is looked at again, within a year.")
+    gallery_id: str = Field("", description="Empty: what is held in any gallery.")
+    hold_id: str = Field("", description="Empty: one is made.")
+
+
+class ReleaseBody(Body):
+    reason: str
+    released_by: str = Field("", description="For a person who signed in, always that person.")
+
+
 class AdjudicationBody(Body):
     verdict: Verdict = Field(strict=False)
     reason: str
@@ -259,6 +274,8 @@ BODIES: tuple[type[Body], ...] = (
     GroundEndBody,
     ReviewBody,
     AdjudicationBody,
+    HoldBody,
+    ReleaseBody,
     CredentialBody,
     RotationBody,
     ReasonBody,

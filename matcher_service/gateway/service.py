@@ -15,7 +15,7 @@ from matcher_service.catalogue import Catalogue
 from matcher_service.errors import MatcherError
 from matcher_service.metrics import Metrics
 from matcher_service.models.embedder.outcome import TemplateMaker
-from matcher_service.seams import AlertRecords, AuditProofs, Clock, GalleryLog
+from matcher_service.seams import AlertRecords, AuditProofs, Clock, GalleryLog, LegalHolds
 from matcher_service.settings import Settings
 from matcher_service.terms import Actor, Alert, EnrolMessage, IdentifyReply, ProbeMessage, Receipt, Write
 
@@ -67,5 +67,6 @@ class Service:
     templates: TemplateMaker | None = None
     proofs: AuditProofs | None = None
     alert_records: AlertRecords | None = None
+    legal_holds: LegalHolds | None = None
     approve: Callable[[str, str, Actor], Awaitable[Receipt]] | None = None
     tokens: EdgeTokens | None = None
