@@ -108,7 +108,7 @@ class Keyring:
 
     def create(self, gallery_id: str) -> None:
         """Make a gallery's key durable. One that is there already stays. Raises Conflict if it was destroyed."""
-        with self._lock, _held(self._galleries):
+        with self._lock, alone(self._galleries):
             if self._tombstone(gallery_id).exists():
                 raise Conflict(
                     f"the key of gallery {gallery_id} was destroyed",
@@ -149,7 +149,7 @@ class Keyring:
 
     def destroy(self, gallery_id: str, at_ms: int) -> None:
         """Remove a gallery's key for good; durable on return. Repeating it, or there being no key, is no error."""
-        with self._lock, _held(self._galleries):
+        with self._lock, alone(self._galleries):
             tombstone = self._tombstone(gallery_id)
             if not tombstone.exists():
                 note = json.dumps({"gallery_id": gallery_id, "destroyed_at_ms": at_ms}, sort_keys=True)
@@ -226,14 +226,6 @@ def _read_exactly(path: Path, size: int) -> bytes:
     return content
 
 
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """One process at a time makes keys in a folder: of two gateways that start together, the second finds them made."""
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def write_durably(path: Path, content: bytes) -> None:
     """Put the content in the place of the file, for its owner only; durable on return."""
     aside = path.with_name(path.name + ".tmp")
@@ -247,8 +239,8 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def _held(directory: Path) -> Iterator[None]:
-    """Keep other processes from changing keys meanwhile."""
+def alone(directory: Path) -> Iterator[None]:
+    """Keep other processes from changing keys meanwhile: of two gateways that start together, one makes them."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

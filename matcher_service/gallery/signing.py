@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from matcher_service.audit_proofs import endorsement_text
 from matcher_service.errors import DataDamaged
-from matcher_service.gallery.keys import Keyring, write_durably
+from matcher_service.gallery.keys import Keyring, alone, write_durably
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +46,12 @@ class SigningKeys:
         self._folder = folder
         self._keyring = keyring
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        numbers = [int(path.stem) for path in folder.glob("*.key") if path.stem.isdecimal()]
-        if numbers:
-            self.current = self._read(max(numbers))
-        else:
-            self.adopt(Handover(SigningKey(1, Ed25519PrivateKey.generate()), b""))
+        with alone(folder):
+            numbers = [int(path.stem) for path in folder.glob("*.key") if path.stem.isdecimal()]
+            if numbers:
+                self.current = self._read(max(numbers))
+            else:
+                self.adopt(Handover(SigningKey(1, Ed25519PrivateKey.generate()), b""))
 
     def successor(self) -> Handover:
         """A new key that the current one vouches for; not kept until it is adopted."""

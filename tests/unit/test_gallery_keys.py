@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from matcher_service.errors import Conflict, DataDamaged, NotFound, StartRefused
 from matcher_service.gallery.keys import Keyring
+from matcher_service.gallery.signing import SigningKeys
 
 
 @pytest.fixture
@@ -114,3 +116,15 @@ def test_a_write_that_was_cut_short_leaves_no_key(tmp_path: Path, keyring: Keyri
     fresh.create("a")
     assert len(fresh.key("a")) == 32
     assert not aside.exists()
+
+
+def test_of_gateways_that_start_together_one_makes_the_keys(tmp_path: Path) -> None:
+    """Each ends up with the same master key: what one of them seals, all can read."""
+    started = [Keyring.open(tmp_path / "keys") for _ in range(8)]
+    with ThreadPoolExecutor(len(started)) as at_once:
+        list(at_once.map(lambda keyring: keyring.prepare(fresh=True), started))
+        list(at_once.map(lambda keyring: keyring.create("a"), started))
+    assert len({keyring.key("a") for keyring in started}) == 1
+    with ThreadPoolExecutor(len(started)) as at_once:
+        signing = list(at_once.map(lambda keyring: SigningKeys(tmp_path / "audit", keyring), started))
+    assert len({one.current.public for one in signing}) == 1
