@@ -53,6 +53,11 @@ def router(service: Service, alerts: AlertRecords, holds: LegalHolds) -> APIRout
             async for one in _audited(service)
             if processing.covers(one, sequences) or one["subject"] in about
         ]
+        paused = [one for one in await holds.holds() if one.subject_id == subject_id and _may_see(actor, one)]
+        if not (held or own_alerts or paused):
+            raise NotFound(
+                "nothing is held of this subject", field="subject_id", hint="that is the answer to a request for access"
+            )
         detail = {"subject_id": subject_id, "reason": query.reason, "references": len(held), "alerts": len(own_alerts)}
         await log.record([AuditEvent(actor.name, "subject.exported", "", detail)], [])
         return json_response(
@@ -73,8 +78,7 @@ def router(service: Service, alerts: AlertRecords, holds: LegalHolds) -> APIRout
                 "processing": done,
                 "legal_holds": [
                     {"hold_id": one.hold_id, "review_by_ms": one.review_by_ms, "released_at_ms": one.released_at_ms}
-                    for one in await holds.holds()
-                    if one.subject_id == subject_id
+                    for one in paused
                 ],
             }
         )
@@ -98,6 +102,8 @@ def router(service: Service, alerts: AlertRecords, holds: LegalHolds) -> APIRout
             )
         if body.gallery_id:
             policy.gallery_of(actor, body.gallery_id, catalogue)
+        else:
+            policy.require_every_gallery(actor)
         hold = LegalHold(
             hold_id=body.hold_id or secrets.token_hex(6),
             gallery_id=body.gallery_id,
@@ -132,6 +138,8 @@ def router(service: Service, alerts: AlertRecords, holds: LegalHolds) -> APIRout
         require_json(request)
         body, actor = decode_json.body(ReleaseBody, await read_body(request)), actor_of(request)
         decode.check_reason(body.reason)
+        if hold_id not in {one.hold_id for one in await holds.holds() if _may_see(actor, one)}:
+            raise NotFound(f"no hold {hold_id} stands", field="hold_id", hint="list the holds")
         await holds.release(hold_id, body.reason, actor.person or body.released_by, actor)
         return json_response({"hold_id": hold_id, "released": True})
 
@@ -153,6 +161,11 @@ def router(service: Service, alerts: AlertRecords, holds: LegalHolds) -> APIRout
         return HTMLResponse(deployment_report.page(made)) if query.form == "html" else json_response(made)
 
     return routes
+
+
+def _may_see(actor: Actor, hold: LegalHold) -> bool:
+    """A hold over every gallery is seen by who has rights over every gallery."""
+    return actor.has_rights_over(hold.gallery_id) if hold.gallery_id else actor.galleries is None
 
 
 async def _alerts(service: Service, actor: Actor, subject_id: str) -> AsyncIterator[Alert]:

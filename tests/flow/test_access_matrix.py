@@ -152,6 +152,17 @@ def space_body(_: str) -> dict[str, Any]:
     return {"space": {"name": f"s-{secrets.token_hex(4)}", "version": 1, "dimension": 2}, "centre": [0.0, 0.0]}
 
 
+def hold_body(gallery_id: str) -> dict[str, Any]:
+    return {
+        "gallery_id": gallery_id,
+        "subject_id": "nobody",
+        "requested_by": "Crown Court",
+        "authorised_by": "Supt. Gray",
+        "review_by_ms": now_ms() + DAY_MS,
+        **REASON,
+    }
+
+
 _distinct = itertools.count(1)
 
 HTTP: dict[str, Row] = {
@@ -190,6 +201,11 @@ HTTP: dict[str, Row] = {
     "approve_watchlist": Row(
         "A", "POST", "/v1/watchlists/{}/approval", "gallery", lambda _: {"approved_by": "x", **REASON}, own=409
     ),
+    "export_subject": Row("M", "GET", "/v1/subjects/s-{}/export", "subject", params=REASON),
+    "place_hold": Row("A", "POST", "/v1/holds", "gallery", hold_body, own=201),
+    "list_holds": Row("AU", "GET", "/v1/holds", persons=403),
+    "release_hold": Row("A", "POST", "/v1/holds/none/release", body=lambda _: REASON, own=404),
+    "report_deployment": Row("OAU", "GET", "/v1/deployments/{}/report", "deployment"),
     "register_space": Row("M", "POST", "/v1/spaces", body=space_body, own=201),
     "list_spaces": Row(EVERYONE, "GET", "/v1/spaces"),
     "describe_space": Row(EVERYONE, "GET", "/v1/spaces/test/1/8"),
