@@ -111,6 +111,8 @@ class _Standing:
         return replace(self, held=self.held - set(lost), losses=counts)
 
     def held_until(self, later: _Standing) -> Partitions:
+        if self.losses is later.losses:
+            return self.held
         return frozenset(one for one in self.held if self.losses.get(one, 0) == later.losses.get(one, 0))
 
 

@@ -18,6 +18,7 @@ from tests.cluster.server_environment import ServerEnvironment
 
 START_S_MAX = 90.0
 STOP_S_MAX = 20.0
+END_S_MAX = 60.0
 
 
 class ServerDied(Exception):
@@ -121,6 +122,12 @@ class ServedTriton:
         self._process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(STOP_S_MAX)
+        self.kill()
+
+    def await_end(self) -> None:
+        """Return when it has ended by itself. Raises subprocess.TimeoutExpired."""
+        assert self._process is not None
+        self._process.wait(END_S_MAX)
         self.kill()
 
     def _clean(self) -> None:

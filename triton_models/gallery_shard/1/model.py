@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
@@ -11,6 +12,7 @@ from matcher_service.errors import MatcherError
 from matcher_service.models import hosted, hosted_tensors
 from matcher_service.shard_bootstrap import open_shard
 from matcher_service.shards import exchange, self_check
+from matcher_service.shards.guard import Guard
 
 
 class TritonPythonModel:
@@ -18,7 +20,12 @@ class TritonPythonModel:
         hosted.check_exchange(pb_utils.Tensor)
         self_check.check_engine(pb_utils.Tensor)
         chosen = json.loads(args["model_config"])["parameters"]
-        self._shard = open_shard(args["model_name"], {name: one["string_value"] for name, one in chosen.items()})
+        self._guard = Guard(os.getppid())
+        try:
+            self._shard = open_shard(args["model_name"], {name: one["string_value"] for name, one in chosen.items()})
+        except BaseException:
+            self._guard.release()
+            raise
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return [self._answer(request) for request in requests]
@@ -32,4 +39,5 @@ class TritonPythonModel:
         return hosted_tensors.named(pb_utils, made)
 
     def finalize(self) -> None:
+        self._guard.release()
         self._shard.close()
