@@ -10,6 +10,7 @@ import structlog.testing
 import torch
 
 from matcher_service.errors import StartRefused
+from matcher_service.index.fastscan import FastScanScanner
 from matcher_service.index.flat import FlatScanner
 from matcher_service.index.gpu.devices import Device
 from matcher_service.index.gpu.opening import open_gpu_scanners
@@ -136,7 +137,7 @@ def test_while_devices_are_lost_large_segments_get_the_cpus_codes() -> None:
     # Its place is with a device that will not be tried before the clock says so.
     scanner.place = None
     scanners.tend()
-    assert not isinstance(scanner.whole, FlatScanner)
+    assert isinstance(scanner.fallback, FastScanScanner)
     agrees(scanner.scan(probes, floors), stored, probes, floors)
     scanners.close()
 

@@ -14,12 +14,12 @@ import torch
 from numpy.typing import NDArray
 
 from matcher_service.errors import ServiceFault
-from matcher_service.index.flat import NOTHING, Found, gather, likely_rows
+from matcher_service.index.flat import NOTHING, FlatScanner, Found, gather, likely_rows
 from matcher_service.index.gpu.bound import CODE_MAX, code_probes, cut_offs
 from matcher_service.index.gpu.filter import Filter, Pairs
 from matcher_service.index.gpu.slabs import Extent, Placed
 from matcher_service.index.scanner import Hits, Scanner
-from matcher_service.index.score import pair_scores, widen
+from matcher_service.index.score import norms, pair_scores, widen
 from matcher_service.index.wide import WideScanner
 from matcher_service.terms import Float32, Int64
 
@@ -53,20 +53,37 @@ class Place:
         if extent.odd.size:
             rows = stored[extent.odd]
             self.odd = WideScanner(rows, widen(rows, np.empty(rows.shape, np.float32)))
+        # |x| is at most |s c| + |e|, and of the odd rows what it is; the factor covers the addition.
+        odd_max = float(norms(stored[extent.odd]).max(initial=0.0))
+        self.norm_max = max(odd_max, (extent.law.reach + extent.law.error) * (1 + 2.0**-50))
 
 
 class GpuScanner:
     """An exact scanner over `stored`, float16 [n, d] in C order, of finite numbers, kept on the host. `place`: where
-    its codes are (None: nowhere at present); `whole` does the full scans."""
+    its codes are (None: nowhere at present); `whole` does the full scans (None: a FlatScanner, once it is needed).
+    `fallback` answers in its stead for rows without a place, if it is set."""
 
     def __init__(
-        self, stored: NDArray[np.float16], together: OnDevice, whole: Scanner, place: Place | None = None
+        self,
+        stored: NDArray[np.float16],
+        together: OnDevice,
+        whole: Scanner | None = None,
+        place: Place | None = None,
     ) -> None:
         self.rows = len(stored)
         self.stored = stored
         self.together = together
-        self.whole = whole
         self.place = place
+        self.fallback: Scanner | None = None
+        self._whole = whole
+
+    def on_cpu(self) -> Scanner:
+        """What answers where the device cannot."""
+        if self.fallback is not None:
+            return self.fallback
+        if self._whole is None:
+            self._whole = FlatScanner(self.stored, None, self.place.norm_max if self.place is not None else None)
+        return self._whole
 
     def scan(self, probes: Float32, floors: Float32) -> Hits:
         return self.together.scan_all([self], probes, floors[:, None])[0]
@@ -75,14 +92,14 @@ class GpuScanner:
         """By the products of codes of the first rows, then by score."""
         place, wanted = self.place, min(count, self.rows)
         if place is None or wanted <= 0 or not len(probes):
-            return self.whole.guess(probes, count)
+            return self.on_cpu().guess(probes, count)
         try:
             rows = _best_codes(place, probes, len(likely_rows(self.stored, wanted)), wanted)
         except ServiceFault as error:
             self.together.lost(place.filter, error)
-            return self.whole.guess(probes, count)
+            return self.on_cpu().guess(probes, count)
         if rows.shape[1] < wanted:
-            return self.whole.guess(probes, count)
+            return self.on_cpu().guess(probes, count)
         which = np.repeat(np.arange(len(probes)), wanted)
         scores = pair_scores(self.stored, rows.ravel(), probes, which)
         return gather([Found(which, rows.ravel(), scores)], np.zeros(len(probes), np.bool_))
@@ -99,7 +116,8 @@ class GpuScanner:
 
     def bytes_in_memory(self) -> int:
         """On the host; the device has a budget of its own."""
-        return self.whole.bytes_in_memory()
+        held = self.fallback or self._whole
+        return int(self.stored.nbytes) if held is None else held.bytes_in_memory()
 
 
 def scan_placed(
@@ -118,7 +136,7 @@ def scan_placed(
         served = cuts[group] > 0
         if place.odd is not None:
             found[group].append(_some(place.odd, probes, floors[:, group], np.flatnonzero(served), place.extent.odd))
-        found[group].append(_some(scanner.whole, probes, floors[:, group], np.flatnonzero(~served), None))
+        found[group].append(_some(scanner.on_cpu(), probes, floors[:, group], np.flatnonzero(~served), None))
         hits.append(gather(found[group], served))
     return hits
 

@@ -21,7 +21,7 @@ import structlog
 from numpy.typing import NDArray
 
 from matcher_service.errors import MatcherError, MemoryRefused, ServiceFault
-from matcher_service.index.flat import FlatScanner, side_by_side
+from matcher_service.index.flat import side_by_side
 from matcher_service.index.gpu.codes import choose_scale, usual_scale
 from matcher_service.index.gpu.devices import Device
 from matcher_service.index.gpu.filter import Filter
@@ -61,9 +61,9 @@ class GpuScanners:
     # --- making ------------------------------------------------------------------------------------
 
     def build(self, stored: NDArray[np.float16], *, hurried: bool = False) -> Scanner:
-        scanner = self.settle(GpuScanner(stored, self, FlatScanner(stored)))
+        scanner = self.settle(GpuScanner(stored, self))
         if scanner.place is None:
-            scanner.whole = self._cpu.build(stored, hurried=hurried)
+            scanner.fallback = self._cpu.build(stored, hurried=hurried)
         return scanner
 
     def settle(self, scanner: GpuScanner) -> GpuScanner:
@@ -79,9 +79,9 @@ class GpuScanners:
         return {}
 
     def load(self, stored: NDArray[np.float16], arrays: Mapping[str, NDArray[Any]]) -> Scanner:
-        scanner = self.settle(GpuScanner(stored, self, FlatScanner(stored)))
+        scanner = self.settle(GpuScanner(stored, self))
         if scanner.place is None:
-            scanner.whole = self._cpu.load(stored, arrays)
+            scanner.fallback = self._cpu.load(stored, arrays)
         return scanner
 
     def growing(self, dimension: int) -> GpuTail | None:
@@ -111,7 +111,7 @@ class GpuScanners:
                     return scan_placed(filter_, mine, [p for n in numbers if (p := places[n])], probes, wanted)
                 except ServiceFault as error:
                     self.lost(filter_, error)
-            return [scanner.whole.scan(probes, np.ascontiguousarray(wanted[:, i])) for i, scanner in enumerate(mine)]
+            return [scanner.on_cpu().scan(probes, np.ascontiguousarray(wanted[:, i])) for i, scanner in enumerate(mine)]
 
         tasks: list[Callable[[], list[Hits]]] = [
             partial(on_one, filter_, numbers) for filter_, numbers in by_filter.items()
@@ -153,11 +153,11 @@ class GpuScanners:
             without = [scanner for scanner in self._scanners if self._is_without(scanner)]
         for scanner in without:
             if self._find_place(scanner):
-                scanner.whole = FlatScanner(scanner.stored)
+                scanner.fallback = None
                 return True
-            if isinstance(scanner.whole, FlatScanner):
-                scanner.whole = self._cpu.build(scanner.stored)
-                return not isinstance(scanner.whole, FlatScanner)
+            if scanner.fallback is None:
+                scanner.fallback = self._cpu.build(scanner.stored)
+                return True
         return False
 
     def _is_without(self, scanner: GpuScanner) -> bool:
