@@ -13,6 +13,7 @@ from matcher_service.commands import (
     access,
     accountability,
     authority,
+    backups,
     calibrate,
     canary,
     edge,
@@ -45,6 +46,8 @@ app.command()(canary.canary)
 app.command()(evaluate.evaluate)
 app.command()(synthesise.synthesise)
 app.command()(inspection.inspect)
+app.command()(backups.backup)
+app.command()(backups.restore)
 app.command()(sizing.size)
 app.command()(embed.embed)
 app.command("fit-adapter")(fit_adapter.fit_adapter)

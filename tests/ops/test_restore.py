@@ -1,13 +1,12 @@
-"""The hand-made backup of docs/OPERATIONS.md: SQLite's online copy of the log, and the keys."""
+"""`matcher backup` of a running service, `matcher restore`: nothing lost, nothing withdrawn back, nothing altered."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
-import sqlite3
 import subprocess
 import sys
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +19,9 @@ from tests.running_service import whole_service
 DIMENSION = 16
 
 
-def online_copy(source: Path, target: Path) -> None:
-    """What `sqlite3 gallery.db ".backup copy.db"` does."""
-    target.parent.mkdir(mode=0o700, parents=True)
-    with closing(sqlite3.connect(source)) as held, closing(sqlite3.connect(target)) as copy:
-        held.backup(copy)
+def matcher(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "matcher_service", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
 def found(answers: dict[str, ProbeAnswer]) -> dict[str, list[tuple[str, float]]]:
@@ -45,9 +42,17 @@ async def test_a_log_copied_under_way_and_its_keys_answer_as_before_without_the_
         await service.enrol("g", space, templates, names)
         await service.client.withdraw("g", reference_ids=["r0"], reason="before the copy")
         before = await service.ask(space, templates)
-        await asyncio.to_thread(online_copy, tmp_path / "first/gallery.db", restored / "gallery.db")
+        enrolling = asyncio.create_task(service.enrol("g", space, -templates, [f"later{at}" for at in range(50)]))
+        copied = await asyncio.to_thread(matcher, "backup", tmp_path / "first", tmp_path / "copy", "--json")
+        assert copied.returncode == 0, copied.stderr
+        await enrolling
         await service.client.withdraw("g", reference_ids=["r1"], reason="after the copy")
         shutil.copytree(tmp_path / "first/keys", restored / "keys")
+
+    told = json.loads(copied.stdout)
+    assert told == json.loads(matcher("restore", tmp_path / "copy", restored, "--json").stdout)
+    assert (restored / "gallery.db").read_bytes() == (tmp_path / "copy/gallery.db").read_bytes()
+    assert matcher("restore", tmp_path / "copy", restored).returncode == 1
 
     async with whole_service(restored) as service:
         after = await service.ask(space, templates)
@@ -63,12 +68,23 @@ async def test_a_log_copied_under_way_and_its_keys_answer_as_before_without_the_
     assert not after["p1"].decision.candidates
 
 
-async def test_a_copy_without_its_keys_opens_for_nobody(tmp_path: Path) -> None:
+async def test_a_copy_without_its_keys_opens_for_nobody_and_an_altered_one_is_refused(tmp_path: Path) -> None:
     async with whole_service(tmp_path / "first") as service:
         space = await service.space(DIMENSION)
         await service.gallery("g", space)
         await service.enrol("g", space, np.ones((1, DIMENSION), np.float32), ["r0"])
-        await asyncio.to_thread(online_copy, tmp_path / "first/gallery.db", tmp_path / "stolen/gallery.db")
+        assert (await asyncio.to_thread(matcher, "backup", tmp_path / "first", tmp_path / "copy")).returncode == 0
+        again = await asyncio.to_thread(matcher, "backup", tmp_path / "first", tmp_path / "copy")
+        assert again.returncode == 1
+        assert "exists already" in again.stderr
+    assert matcher("restore", tmp_path / "copy", tmp_path / "stolen").returncode == 0
     with pytest.raises(MatcherError):
         async with whole_service(tmp_path / "stolen"):
             pass
+    held = bytearray((tmp_path / "copy/gallery.db").read_bytes())
+    held[len(held) // 2] ^= 1
+    (tmp_path / "copy/gallery.db").write_bytes(held)
+    refused = matcher("restore", tmp_path / "copy", tmp_path / "third")
+    assert refused.returncode == 1
+    assert "is not what was backed up" in refused.stderr
+    assert not (tmp_path / "third/gallery.db").exists()
