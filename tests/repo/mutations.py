@@ -32,6 +32,8 @@ class Mutation(NamedTuple):
 
 MATRIX = "tests/flow/test_access_matrix.py"
 EDGES = "tests/flow/test_edge_credentials.py"
+LAWFUL = "tests/flow/test_lawful_references.py"
+RIGHTS = "tests/flow/test_rights.py"
 
 MUTATIONS = (
     Mutation(
@@ -118,6 +120,69 @@ MUTATIONS = (
         "self._cooling[credential] = now + COOL_DOWN_S",
         "pass",
         f"{EDGES}::test_a_climb_is_stopped_audited_and_counted",
+    ),
+    Mutation(
+        "approval of a watchlist",
+        "lawful_galleries.py",
+        "if gallery.kind is GalleryKind.WATCHLIST and (gallery.watchlist is None or not",
+        "if False and (gallery.watchlist is None or not",
+        f"{LAWFUL}::test_a_watchlist_is_searched_only_when_another_person_than_its_author_approved_it",
+    ),
+    Mutation(
+        "review dates",
+        "grounds.py",
+        "np.minimum(expires, np.where(given, review_by_ms, _FOR_EVER))",
+        "expires",
+        f"{LAWFUL}::test_a_reference_whose_review_is_overdue_stops_being_searched_by_itself_and_is_erased",
+    ),
+    Mutation(
+        "destruction of a watchlist",
+        "gallery/lawful.py",
+        "if one.watchlist and one.watchlist.deployment_id == deployment_id)",
+        "if False)",
+        f"{LAWFUL}::test_a_watchlist_is_destroyed_with_its_deployment",
+    ),
+    Mutation(
+        "the impostor check",
+        "resemblance.py",
+        "if count > gallery.resembles_max:",
+        "if False:",
+        f"{LAWFUL}::test_a_reference_that_resembles_too_many_others_does_not_enter",
+    ),
+    Mutation(
+        "two adjudicators",
+        "adjudication.py",
+        "if len(last) < persons:",
+        "if not last:",
+        "tests/flow/test_alerts.py::test_where_two_people_are_asked_for_one_cannot_settle_an_alert",
+    ),
+    Mutation(
+        "legal holds",
+        "gallery/erase.py",
+        ".where(~is_held())",
+        "",
+        f"{RIGHTS}::test_a_legal_hold_pauses_erasure_and_never_restores_searchability",
+    ),
+    Mutation(
+        "the erasure ledger",
+        "gallery/log.py",
+        "if newest <= self._head:",
+        "if True:",
+        f"{RIGHTS}::test_a_restored_database_does_not_bring_back_who_was_withdrawn_since",
+    ),
+    Mutation(
+        "the checkpoint kept elsewhere",
+        "audit_proofs.py",
+        "if end.size != index or end.root != export.frontier.root().hex():",
+        "if False:",
+        "tests/flow/test_audit_proofs.py::test_1000_random_tamperings_with_the_store_are_all_found",
+    ),
+    Mutation(
+        "consultations on record",
+        "gateway/http_references.py",
+        "await service.log.record([AuditEvent(actor.name, action, subject, detail)], [])",
+        "pass",
+        f"{RIGHTS}::test_a_subject_gets_everything_that_is_held_of_them_and_it_is_audited",
     ),
 )
 
