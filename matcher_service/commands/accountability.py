@@ -9,7 +9,7 @@ import typer
 
 from matcher_service.commands.http_api import api_to, path_of
 from matcher_service.commands.options import HTTP_URL, AsJson, CaFile, Http, Reason, TokenFile
-from matcher_service.commands.output import print_json, print_rows
+from matcher_service.commands.output import print_fields, print_json, print_rows
 from matcher_service.commands.times import now_ms, time_ms
 
 holds = typer.Typer(no_args_is_help=True, help="Legal holds: what must not be erased yet.")
@@ -49,10 +49,12 @@ def export_subject(
     http: Http = HTTP_URL,
     token_file: TokenFile = None,
     ca_file: CaFile = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Everything held of a subject and what was done with it, as JSON, for a request for access."""
+    """Everything held of a subject and what was done with it, for a request for access."""
     with api_to(http, token_file, ca_file) as api:
-        print_json(api.get(path_of("subjects", subject_id, "export"), reason=reason))
+        held = api.get(path_of("subjects", subject_id, "export"), reason=reason)
+    (print_json if as_json else print_fields)(held)
 
 
 @holds.command("place")

@@ -10,7 +10,6 @@ import typer
 
 from matcher_service.commands.options import AsJson
 from matcher_service.commands.output import print_fields, print_json, print_rows
-from matcher_service.errors import InvalidInput
 
 if TYPE_CHECKING:
     from matcher_service.models.embedder.outcome import Embedding
@@ -130,6 +129,7 @@ def triton_repository(
 
 def _shards(asked: list[str], volumes: Path | None) -> dict[str, dict[str, str]]:
     """Parameters of each shard by its name. Raises InvalidInput."""
+    from matcher_service.errors import InvalidInput
     from matcher_service.partitions import parse, ranges
 
     shards = {}

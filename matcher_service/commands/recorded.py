@@ -20,7 +20,7 @@ from matcher_service.commands.options import (
     TokenFile,
     client_to,
 )
-from matcher_service.commands.output import print_json, print_rows
+from matcher_service.commands.output import print_fields, print_json, print_rows
 from matcher_service.commands.times import in_words
 
 if TYPE_CHECKING:
@@ -63,10 +63,12 @@ def show_alert(
     http: Http = HTTP_URL,
     token_file: TokenFile = None,
     ca_file: CaFile = None,
+    as_json: AsJson = False,
 ) -> None:
-    """An alert with what people made of it, as JSON."""
+    """An alert with what people made of it."""
     with api_to(http, token_file, ca_file) as api:
-        print_json(api.get(path_of("alerts", alert_id)))
+        held = api.get(path_of("alerts", alert_id))
+    (print_json if as_json else print_fields)(held)
 
 
 @alerts.command("adjudicate")

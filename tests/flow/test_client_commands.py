@@ -155,7 +155,7 @@ def test_the_whole_of_an_operation_from_the_command_line(shell: Shell, tmp_path:
     # Adjudication.
     alert_id = shell.json("alerts", "list", "--limit=1")["alert_id"]
     shell.json("alerts", "adjudicate", alert_id, "rejected", "--by=PC Ames", "--reason=another person")
-    assert json.loads(shell("alerts", "show", alert_id)[1])["state"] == "rejected"
+    assert json.loads(shell("alerts", "show", alert_id, "--json")[1])["state"] == "rejected"
 
     # Withdrawal, end and deletion.
     assert len(shell.json("subjects", "ground-ended", "s66", "acquitted", "--reason=Crown Court")["withdrawn"]) == 2
