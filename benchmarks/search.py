@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 from benchmarks.galleries import KINDS, REAL_COSINE_MEDIAN, Float16, Float32, Kind, Probes, gallery, probes
 from benchmarks.rivals import FLAT_SETTINGS, Rival, Rows, approximate_rivals, exact_rivals
@@ -84,6 +84,7 @@ class Ours:
         self._makers = FastScanScanners(threads)
         # The engine searches in a thread of its own, whose FAISS loops start no further threads.
         self._searching = ThreadPoolExecutor(1, initializer=one_thread)
+        self._libraries = ThreadpoolController()  # to look for them takes milliseconds
         self.stored = stored
         self.starts = list(range(0, len(stored), _SEGMENT_ROWS))
         self.scanners: list[Scanner] = []
@@ -98,7 +99,7 @@ class Ours:
     def answer(self, vectors: Float32, threshold: float | None, count: int) -> Truth:
         """The answer with its scores; `certified` then says which share of (probe, segment) it rests on."""
         # As `matcher serve` has it; the rivals keep BLAS's own threads.
-        with threadpool_limits(limits=1, user_api="blas"):
+        with self._libraries.limit(limits=1, user_api="blas"):
             return self._searching.submit(self._answer, vectors, threshold, count).result()
 
     def _answer(self, vectors: Float32, threshold: float | None, count: int) -> Truth:

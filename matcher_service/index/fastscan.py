@@ -41,6 +41,7 @@ _ALONE_PAIRS = 100_000  # up to so many rows times probes one thread is done bef
 _GUESS_PARTS = 2  # a guess goes through one part in so many
 _WIDE_VALUES_MAX = 1 << 23  # templates of so many values are held as float32 too: 32 MiB
 _CUT_MIN = 1e-3  # the least cut-off that probes are divided by
+_NONE: Int64 = np.empty(0, np.int64)
 
 
 class FastScanScanner:
@@ -115,10 +116,15 @@ class FastScanScanner:
         certified = np.zeros(len(probes), np.bool_)
         hits: list[Found] = []
         for block in self._codes:
-            mine = np.flatnonzero(plans == block)
-            if mine.size:
-                found, served = self._filter(block, probes[mine], floors[mine], probe_norms[mine])
-                certified[mine] = served
+            mine = plans == block
+            if not mine.any():
+                continue
+            if mine.all():
+                found, certified = self._filter(block, probes, floors, probe_norms)
+                hits.append(found)
+            else:
+                mine = np.flatnonzero(mine)
+                found, certified[mine] = self._filter(block, probes[mine], floors[mine], probe_norms[mine])
                 hits.append(found._replace(probes=mine[found.probes]))
         if not certified.all():
             whole = np.flatnonzero(~certified)
@@ -169,31 +175,46 @@ class FastScanScanner:
         self, block: int, probes: Float32, floors: Float32, probe_norms: Float64
     ) -> tuple[Found, NDArray[np.bool_]]:
         """The hits of the probes that the law served, and which these are, bool [n]."""
-        codes, refined = self._codes[block], self._refined[block]
+        codes = self._codes[block]
         rotated = self._rotation(probes)
         cut_offs, floor_of_tables = self._cut_offs(codes, floors, probe_norms, rotated)
-        margins = float32_margin(self._dimension, self._norm_max, probe_norms)
-        # Once more 2^-20: probes divided by their least product are rounded again.
-        least = (floors - margins) * (1 - 2.0**-20)
-        served = cut_offs.min(axis=0, initial=np.inf) > np.maximum(floor_of_tables, _CUT_MIN)
-        served &= least > _CUT_MIN
-        kept = np.flatnonzero(served)
-        slices = [kept[start : start + _SLICE_PROBES] for start in range(0, kept.size, _SLICE_PROBES)]
-        runs = np.array_split(np.arange(codes.parts), min(codes.parts, max(1, -(-_TASKS // max(1, len(slices))))))
-        tasks = [
-            _near(refined, run, probes[some], rotated[some], least[some], cut_offs[:, some], some)
-            for run in runs
-            for some in slices
-        ]
-        near = self._run(tasks, self.rows * kept.size)
+        # Divided by its least product, a probe is rounded again: 2^-20 more than the margin covers that.
+        least = (floors - float32_margin(self._dimension, self._norm_max, probe_norms)) * (1 - 2.0**-20)
+        served = (cut_offs.min(axis=0, initial=np.inf) > np.maximum(floor_of_tables, _CUT_MIN)) & (least > _CUT_MIN)
+        numbers = np.arange(len(probes))
+        if not served.all():
+            numbers = numbers[served]
+            probes, rotated, least, cut_offs = probes[served], rotated[served], least[served], cut_offs[:, served]
+        # Rounded to float32, they must not rise.
+        lower = 1 - 2.0**-22
+        products = (least[:, None] * lower).astype(np.float32)
+        found = self._near(block, probes, rotated, products, (cut_offs * lower).astype(np.float32))
         if self._always.size:
-            which, row = np.nonzero(~(probes[kept] @ self._listed.T < least[kept, None].astype(np.float32)))
-            near.append((kept[which], self._always[row]))
-        which = np.concatenate([one[0] for one in near]) if near else kept
-        rows = np.concatenate([one[1] for one in near]) if near else kept
+            which, row = np.nonzero(~(probes @ self._listed.T < products))
+            found.append((which, self._always[row]))
+        which = np.concatenate([one[0] for one in found]) if found else numbers[:0]
+        rows = np.concatenate([one[1] for one in found]) if found else numbers[:0]
         scores = pair_scores(self._stored, rows, probes, which)
+        which = numbers[which]
         reached = scores >= floors[which]
         return Found(which[reached], rows[reached], scores[reached]), served
+
+    def _near(
+        self, block: int, probes: Float32, rotated: Float32, least: Float32, cut_offs: Float32
+    ) -> list[tuple[Int64, Int64]]:
+        """The pairs of a probe and a row whose estimates and float32 products may reach the floor. `least` float32
+        [n, 1], `cut_offs` [p, n]."""
+        refined, parts = self._refined[block], range(self._codes[block].parts)
+        starts = range(0, len(probes), _SLICE_PROBES)
+        step = max(1, len(parts) * len(starts) // _TASKS) if len(probes) * self.rows > _ALONE_PAIRS else len(parts)
+        kept = probes / least
+        tasks = []
+        for start in starts:
+            some = slice(start, start + _SLICE_PROBES)
+            for first in range(0, len(parts), step):
+                run = parts[first : first + step]
+                tasks.append(_near_task(refined, run, kept[some], rotated[some], cut_offs[:, some], start))
+        return self._run(tasks, self.rows * len(probes))
 
     def _cut_offs(
         self, codes: Codes, floors: Float32, probe_norms: Float64, rotated: Float32
@@ -211,31 +232,25 @@ class FastScanScanner:
         return side_by_side(tasks, self._executor if pairs > _ALONE_PAIRS else None)
 
 
-def _near(
-    refined: Refined,
-    run: Int64,
-    probes: Float32,
-    rotated: Float32,
-    least: Float64,
-    cut_offs: Float64,
-    numbers: Int64,
+def _near_task(
+    refined: Refined, run: range, kept: Float32, rotated: Float32, cut_offs: Float32, first: int
 ) -> Callable[[], tuple[Int64, Int64]]:
-    """Finds, in a run of parts, the pairs of a probe and a row whose float32 product may reach the floor."""
+    """Goes through a run of parts for some probes, numbered from `first` on."""
 
     def task() -> tuple[Int64, Int64]:
-        dimension = probes.shape[1]
-        pairs = np.empty((len(probes), 2 * dimension), np.float32)
-        np.divide(probes, least[:, None], out=pairs[:, :dimension], casting="same_kind")
+        dimension = kept.shape[1]
+        pairs = np.empty((len(kept), 2 * dimension), np.float32)
+        pairs[:, :dimension] = kept
         which: list[Int64] = []
         rows: list[Int64] = []
-        for part in run.tolist():
-            np.divide(rotated, cut_offs[part, :, None], out=pairs[:, dimension:], casting="same_kind")
+        for part in run:
+            np.divide(rotated, cut_offs[part, :, None], out=pairs[:, dimension:])
             offsets, found = refined.near(part, pairs)
             if found.size:
-                which.append(np.repeat(numbers, np.diff(offsets)))
+                which.append(np.repeat(np.arange(first, first + len(kept)), np.diff(offsets)))
                 rows.append(found)
         if not rows:
-            return numbers[:0], numbers[:0]
+            return _NONE, _NONE
         return np.concatenate(which), np.concatenate(rows)
 
     return task
