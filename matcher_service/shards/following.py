@@ -20,11 +20,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import structlog
@@ -127,7 +127,6 @@ class FollowingShard:
         self._clock = clock
         self._erase_within_s = erase_s
         self._disk = Disk(directory)
-        self._saving = asyncio.Lock()
         # Held by whoever applies entries, so that adopting finds both indexes at one place of the log.
         self._applying = asyncio.Lock()
         self._reassigned = asyncio.Event()
@@ -221,7 +220,7 @@ class FollowingShard:
             self._standing = self._standing.without(lost)
         now = self._assigned
         self._assigned = replace(now, wanted=partitions, held=now.held & partitions, settled=now.settled and not lost)
-        await self._save()
+        self._save()
         _log.info("shard_assigned", shard=self._name, partitions=ranges(partitions), lost=ranges(lost))
         self._reassigned.set()
 
@@ -265,7 +264,7 @@ class FollowingShard:
             raise _AnotherLog
         if not self._assigned.log:
             self._assigned = replace(self._assigned, log=identity)
-            await self._save()
+            self._save()
 
     async def _begin_anew(self) -> None:
         before = self._standing
@@ -370,9 +369,9 @@ class FollowingShard:
                 return
             gaining = self._assigned.gaining - held
             self._assigned = replace(self._assigned, held=held, gaining=gaining, settled=True)
-            await self._save()
+            self._save()
             if not gaining:
-                await asyncio.to_thread(shutil.rmtree, self._aside, ignore_errors=True)
+                await _removed(self._aside)
 
     async def _gain(self, log: GalleryLog) -> None:
         """Replay what is wanted and not held into an index aside, and adopt it when it stands where this one does."""
@@ -380,9 +379,9 @@ class FollowingShard:
         if not gaining or gaining & self._leaving:
             return
         if self._assigned.gaining != gaining:
-            await asyncio.to_thread(shutil.rmtree, self._aside, ignore_errors=True)
+            await _removed(self._aside)
             self._assigned = replace(self._assigned, gaining=gaining)
-            await self._save()
+            self._save()
         held = await self._standing.shard.status()
         left = max(1, budget_bytes(self._settings.memory_bytes_max) - held.bytes_in_memory)
         settings = self._settings.model_copy(update={"memory_bytes_max": left})
@@ -411,14 +410,17 @@ class FollowingShard:
                 return False
             # On record before a row of theirs can reach the files.
             self._assigned = replace(self._assigned, settled=False)
-            await self._save()
-            await self._standing.shard.adopt(other)
-            # What was assigned away while that went on has been gained and is lost again.
-            kept = gaining & self._assigned.wanted
-            self._leaving |= gaining - kept
-            self._standing = replace(self._standing, held=self._standing.held | kept)
-        _log.info("shard_gained", shard=self._name, partitions=ranges(kept), at=other.applied_sequence)
+            self._save()
+            await _whole(self._adopt(other, gaining))
         return True
+
+    async def _adopt(self, other: LocalShard, gaining: Partitions) -> None:
+        await self._standing.shard.adopt(other)
+        # What was assigned away while that went on has been gained and is lost again.
+        kept = gaining & self._assigned.wanted
+        self._leaving |= gaining - kept
+        self._standing = replace(self._standing, held=self._standing.held | kept)
+        _log.info("shard_gained", shard=self._name, partitions=ranges(kept), at=other.applied_sequence)
 
     async def _read_aside(self, log: GalleryLog, other: LocalShard, gaining: Partitions) -> bool:
         """Apply one block to the index aside, at most up to where the main one stands; False if it stands there."""
@@ -442,7 +444,7 @@ class FollowingShard:
             return await self._start_empty(configured, configured, {})
         now = found.started_with(configured)
         if not now.gaining:
-            await asyncio.to_thread(shutil.rmtree, self._aside, ignore_errors=True)
+            await _removed(self._aside)
         shard = await self._open_index(self._directory / "index", self._settings)
         if not shard.applied_sequence:
             # Nothing is in it yet, or it was damaged as a whole.
@@ -452,15 +454,15 @@ class FollowingShard:
             _log.info("shard_let_go", shard=self._name, partitions=ranges(ALL_PARTITIONS - now.held), rows=ended)
         self._assigned = now
         self._standing = _Standing(shard, now.held)
-        await self._save()
+        self._save()
 
     async def _start_empty(self, configured: Partitions, wanted: Partitions, losses: Mapping[int, int]) -> None:
         for directory in (self._directory / "index", self._aside):
-            await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+            await _removed(directory)
         # Whatever was assigned is held: there is nothing that would have to be replayed first.
         self._assigned = Assignment(configured, wanted, wanted)
         self._leaving, self._last = NO_PARTITIONS, None
-        await self._save()
+        self._save()
         shard = await self._open_index(self._directory / "index", self._settings)
         self._standing = _Standing(shard, wanted, losses)
 
@@ -471,15 +473,10 @@ class FollowingShard:
     async def _open_index(self, directory: Path, settings: IndexSettings) -> LocalShard:
         return await LocalShard.open(directory, self._key, settings, self._clock, erase_within_s=self._erase_within_s)
 
-    async def _save(self) -> None:
-        async with self._saving:
-            content = assignments.encode(self._assigned)
-
-            def write() -> None:
-                self._disk.write(assignments.NAME, [content])
-                self._disk.sync()
-
-            await asyncio.to_thread(write)
+    def _save(self) -> None:
+        # Not in a thread: what is written must be the latest, and whole, whatever is cancelled; and it is seldom.
+        self._disk.write(assignments.NAME, [assignments.encode(self._assigned)])
+        self._disk.sync()
 
     def _refuse(self, task: str, refusal: Exception) -> None:
         if task not in self._refusals:
@@ -496,6 +493,20 @@ class FollowingShard:
                 sequence_min=one.sequence_min,
                 sequence_max=one.sequence_max,
             )
+
+
+async def _whole(work: Coroutine[Any, Any, None]) -> None:
+    """Do all of the work before being cancelled."""
+    doing = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(doing)
+    except asyncio.CancelledError:
+        await asyncio.wait([doing])
+        raise
+
+
+async def _removed(directory: Path) -> None:
+    await _whole(asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True))
 
 
 def _among(partitions: Partitions) -> Callable[[str, Sequence[bytes]], NDArray[np.bool_]]:
