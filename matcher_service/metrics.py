@@ -137,6 +137,12 @@ class Metrics:
             registry=registry,
         )
         self.streams_open = Gauge("matcher_streams_open", "Open gRPC streams.", registry=registry)
+        self.gpu_working = Gauge(
+            "matcher_gpu_working",
+            "1: the GPU searches; 0: it failed, and the CPU searches its references until it is opened anew.",
+            ("gpu",),
+            registry=registry,
+        )
         self.index_bytes = Gauge("matcher_index_bytes", "Memory held by the index.", registry=registry)
         self.index_budget_bytes = Gauge(
             "matcher_index_budget_bytes",

@@ -710,13 +710,15 @@ class SearchResult:
 
 @dataclass(frozen=True, slots=True)
 class ShardStatus:
-    """`sequence` applied so far; live and dead rows per gallery; bytes held in memory."""
+    """`sequence` applied so far; live and dead rows per gallery; bytes held in memory; of each GPU by its name, what is
+    wrong with it, empty if it works."""
 
     sequence: int
     live: Mapping[str, int]
     dead: Mapping[str, int]
     bytes_in_memory: int
     segments: int
+    devices: Mapping[str, str] = field(default_factory=dict)
 
 
 # --- identify --------------------------------------------------------------------------------------

@@ -123,5 +123,7 @@ def publish(status: ShardStatus, metrics: Metrics, shown: set[str]) -> set[str]:
     for gone in shown - set(status.live):
         metrics.references_live.remove(gone)
         metrics.references_dead.remove(gone)
+    for device, wrong in status.devices.items():
+        metrics.gpu_working.labels(device).set(not wrong)
     metrics.index_bytes.set(status.bytes_in_memory)
     return set(status.live)

@@ -45,6 +45,10 @@ class Scanners(Protocol):
         """One bounded round of upkeep of its own, and whether there is more to do at once."""
         ...
 
+    def condition(self) -> Mapping[str, str]:
+        """Of each device in use, what is wrong with it; empty if it works."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -62,6 +66,9 @@ class BySize(FastScanScanners):
 
     def tend(self) -> bool:
         return False
+
+    def condition(self) -> Mapping[str, str]:
+        return {}
 
 
 def scanners_for(settings: IndexSettings) -> Scanners:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -176,7 +176,8 @@ class LocalShard:
         return await self._run(self._tending, self._write_files)
 
     async def status(self) -> ShardStatus:
-        return await self._run(self._applying, self._engine.status)
+        held = await self._run(self._applying, self._engine.status)
+        return replace(held, devices=self._scanners.condition())
 
     async def maintain(self) -> Upkeep:
         """One bounded round: at most one rewrite of up to `segment_rows_max` rows, then the files."""

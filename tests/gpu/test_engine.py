@@ -182,4 +182,5 @@ async def test_a_shard_on_a_device_serves_withdraws_and_starts_again(tmp_path: P
         found = await shard.search(request)
         assert same(found, oracle.search_now(request))
         assert found.scanned == 0
+        assert (await shard.status()).devices == {"fake:0": ""}
         await shard.close()

@@ -149,6 +149,9 @@ class FaissScanners:
     def tend(self) -> bool:
         return False
 
+    def condition(self) -> Mapping[str, str]:
+        return {}
+
     def close(self) -> None:
         for card in self._cards:
             card.thread.shutdown()
