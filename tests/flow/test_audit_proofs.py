@@ -104,6 +104,25 @@ async def test_a_key_hands_over_to_the_next_and_a_stranger_does_not(kept: Kept) 
         audit_proofs.verify_export(forged_lines, key=key)
 
 
+async def test_only_a_checkpoint_kept_elsewhere_shows_that_the_service_itself_rewrote_its_past(kept: Kept) -> None:
+    """Who holds the signing key can make another audit, whole in itself; not one that begins with the old one."""
+    await kept.fill(6)
+    checkpoint = await kept.proofs.checkpoint()
+    records = await kept.log.audit(0, 100)
+    previous = audit.CHAIN_START
+    for record in records:
+        record["actor"] = "somebody else" if record["index"] == 3 else record["actor"]
+        record["previous"] = previous
+        record["hash"] = previous = audit.leaf_hash(record)
+    key = SigningKeys(kept.folder / "keys/audit", kept.log.keyring).current
+    root = merkle.root([bytes.fromhex(str(one["hash"])) for one in records])
+    forged = audit_proofs.signed_checkpoint(len(records), root, 1, key.public, key.sign)
+    lines = list(audit_proofs.export_lines(records, forged))
+    assert audit_proofs.verify_export(lines).records == len(records)
+    with pytest.raises(DataDamaged, match="kept elsewhere"):
+        audit_proofs.verify_export(lines, checkpoint)
+
+
 async def test_1000_random_tamperings_with_the_store_are_all_found(kept: Kept) -> None:
     """Edits, deletions, swaps and truncations of the audit's table, by someone who can write to the database."""
     await kept.fill(30)
