@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import ParamSpec, TypeVar
 
 import numpy as np
@@ -75,6 +76,7 @@ class Writing:
         self._limits = limits
         self._metrics = metrics
         self._log_seconds = metrics.station_seconds.labels("gallery_log")
+        self._preparing = asyncio.Semaphore(1)
         self._withdrawn_by = Rates(clock, BULK_WITHIN_S, "the withdrawals of one person in an hour")
 
     async def enrol(self, message: EnrolMessage) -> EnrolReceipts:
@@ -89,16 +91,20 @@ class Writing:
             if stuck is not None:
                 raise stuck
             size, id_bytes_max = message.templates.size, self._limits.id_bytes_max
-            rows, refusals = await _computed(size, reference_rows.judged, message, id_bytes_max)
             now_ms = self._time.now_ms()
-            standing = await _computed(size, grounds.judged, message, gallery, now_ms)
-            rows = reference_rows.without(rows, standing.refusals)
-            refusals = standing.refusals | refusals
+            # One large message at a time: with a thread for each, those of the searches would hardly ever run.
+            async with self._preparing if size > _VALUES_IN_LOOP_MAX else nullcontext():
+                rows, refusals = await _computed(size, reference_rows.judged, message, id_bytes_max)
+                standing = await _computed(size, grounds.judged, message, gallery, now_ms)
+                rows = reference_rows.without(rows, standing.refusals)
+                refusals = standing.refusals | refusals
+                adapted = np.zeros((0, gallery.space.dimension), np.float32)
+                if len(rows):
+                    templates = reference_rows.templates_of(message, rows)
+                    adapted = await self._models.adapt(message.space, gallery.space, templates)
+                stored, directed = await _computed(size, reference_rows.as_stored, adapted)
             receipts = EnrolReceipts.of([])
             if len(rows):
-                templates = reference_rows.templates_of(message, rows)
-                adapted = await self._models.adapt(message.space, gallery.space, templates)
-                stored, directed = await _computed(size, reference_rows.as_stored, adapted)
                 if not directed.all():
                     refusals |= {row: policy.zero_template(row) for row in rows[~directed].tolist()}
                     rows, stored, adapted = rows[directed], stored[directed], adapted[directed]

@@ -57,8 +57,14 @@ async def write(directory, number):
         while True:
             names = [f"{number}.{writer}.{turn}.{at}" for at in range(1 + 7 * turn % 40)]
             turn += 1
-            wishes = [Enrol("g", name, name, template(name), 0, False, name) for name in names]
-            for name, receipt in zip(names, await log.append(wishes, Actor("a"))):
+            if writer:
+                templates = np.frombuffer(b"".join(map(template, names)), "<f2").reshape(-1, DIMENSION)
+                rows = EnrolRows("g", names, names, templates, np.zeros(len(names), np.int64), False, names[0])
+                receipts = await log.enrol(rows, Actor("a"))
+            else:
+                wishes = [Enrol("g", name, name, template(name), 0, False, name) for name in names]
+                receipts = await log.append(wishes, Actor("a"))
+            for name, receipt in zip(names, receipts):
                 say("enrolled", receipt.sequence, name)
                 acknowledged.append(name)
 

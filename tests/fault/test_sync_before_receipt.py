@@ -8,10 +8,12 @@ import re
 import shutil
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 
-from matcher_service.client import MatcherClient, ReceiptOutcome, References
+from matcher_service.wire import matcher_pb2 as pb
+from matcher_service.wire import matcher_pb2_grpc as pb_grpc
 from tests.fault.test_kill_server import DIMENSION, SPACE, prepare
 from tests.served_process import served
 
@@ -27,17 +29,21 @@ async def test_law_5_the_log_is_synced_before_the_receipt_leaves(tmp_path: Path)
     tracer = ("strace", "-f", "-y", "-s", "4096", "-e", f"trace={calls}", "-o", str(trace))
     with served(tmp_path / "data", tmp_path / "log", *tracer) as server:
         prepare(server)
-        async with MatcherClient(f"127.0.0.1:{server.grpc_port}", server.token) as client:
-            receipts = await client.enrol(
-                References(
-                    gallery_id="g",
-                    space=SPACE,
-                    reference_ids=[MARK],
-                    subject_ids=["somebody"],
-                    templates=np.ones((1, DIMENSION), np.float32),
-                )
-            )
-        assert receipts[0].outcome is ReceiptOutcome.ENROLLED
+        request = pb.EnrolRequest(
+            gallery_id="g",
+            space=pb.TemplateSpace(name=SPACE.name, version=SPACE.version, dimension=SPACE.dimension),
+            dtype=pb.FLOAT32,
+            templates=np.ones((1, DIMENSION), "<f4").tobytes(),
+            reference_ids=[MARK],
+            subject_ids=["somebody"],
+        )
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+            # Not in columns, which do not name the reference.
+            call = pb_grpc.MatcherStub(channel).Enrol(metadata=(("authorization", f"Bearer {server.token}"),))  # type: ignore[no-untyped-call]
+            await call.write(request)
+            reply = await call.read()
+            await call.done_writing()
+        assert [receipt.outcome for receipt in reply.receipts] == [pb.ENROLLED]
     lines = trace.read_text(errors="replace").splitlines()
 
     def last_before(pattern: str, end: int) -> int:
