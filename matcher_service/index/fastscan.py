@@ -26,7 +26,7 @@ from matcher_service.index.flat import FlatScanner, Found, best_flat, gather, li
 from matcher_service.index.products import Products
 from matcher_service.index.refined import Refined
 from matcher_service.index.rotation import Rotation, draw_rotation
-from matcher_service.index.scanner import Hits, Scanner
+from matcher_service.index.scanner import Hits, Scanner, Tally
 from matcher_service.index.score import float32_margin, norms, pair_scores
 from matcher_service.index.wide import WideScanner
 from matcher_service.terms import Float32, Float64, Int64
@@ -207,13 +207,13 @@ class FastScanScanner:
         refined, parts = self._refined[block], range(self._codes[block].parts)
         starts = range(0, len(probes), _SLICE_PROBES)
         step = max(1, len(parts) * len(starts) // _TASKS) if len(probes) * self.rows > _ALONE_PAIRS else len(parts)
-        kept = probes / least
+        kept, tally = probes / least, Tally(len(probes))
         tasks = []
         for start in starts:
             some = slice(start, start + _SLICE_PROBES)
             for first in range(0, len(parts), step):
                 run = parts[first : first + step]
-                tasks.append(_near_task(refined, run, kept[some], rotated[some], cut_offs[:, some], start))
+                tasks.append(_near_task(refined, run, kept[some], rotated[some], cut_offs[:, some], start, tally))
         return self._run(tasks, self.rows * len(probes))
 
     def _cut_offs(
@@ -233,7 +233,7 @@ class FastScanScanner:
 
 
 def _near_task(
-    refined: Refined, run: range, kept: Float32, rotated: Float32, cut_offs: Float32, first: int
+    refined: Refined, run: range, kept: Float32, rotated: Float32, cut_offs: Float32, first: int, tally: Tally
 ) -> Callable[[], tuple[Int64, Int64]]:
     """Goes through a run of parts for some probes, numbered from `first` on."""
 
@@ -247,6 +247,7 @@ def _near_task(
             np.divide(rotated, cut_offs[part, :, None], out=pairs[:, dimension:])
             offsets, found = refined.near(part, pairs)
             if found.size:
+                tally.add(found.size)
                 which.append(np.repeat(np.arange(first, first + len(kept)), np.diff(offsets)))
                 rows.append(found)
         if not rows:

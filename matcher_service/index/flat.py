@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from matcher_service.index.products import Products
-from matcher_service.index.scanner import Hits
+from matcher_service.index.scanner import Hits, Tally
 from matcher_service.index.score import float32_margin, norms, pair_scores, widen
 from matcher_service.terms import Float32, Int64
 
@@ -102,6 +102,7 @@ def scan_flat(
     # No product of such a probe overflows, and hardly any row reaches its floor.
     few = len(probes) <= _FEW_PROBES and bool(((cuts > 0) & (probe_norms < 1e6)).all())
     near: list[tuple[Int64, Int64]] = []
+    tally = Tally(len(probes))
     for start in range(0, len(probes), _PROBES_MAX):
         some = slice(start, start + _PROBES_MAX)
         tasks = [
@@ -112,6 +113,7 @@ def scan_flat(
                 min((number + 1) * _THREAD_ROWS, len(stored)),
                 probes[some],
                 cuts[some],
+                tally,
             )
             for number in range(len(products))
         ]
@@ -130,6 +132,7 @@ def _near(
     last: int,
     probes: Float32,
     cuts: Float32,
+    tally: Tally,
 ) -> Callable[[], tuple[Int64, Int64]]:
     """Finds, among the rows from `first` to `last`, the pairs whose float32 product is not below its cut."""
 
@@ -139,13 +142,13 @@ def _near(
             if last - first <= _FEW_HITS or not (best[:, -1] >= cuts).any():
                 which, place = np.nonzero(best >= cuts[:, None])
                 return which, row[which, place] + first
-        return _by_blocks(stored, first, last, probes, cuts)
+        return _by_blocks(stored, first, last, probes, cuts, tally)
 
     return task
 
 
 def _by_blocks(
-    stored: NDArray[np.float16], first: int, last: int, probes: Float32, cuts: Float32
+    stored: NDArray[np.float16], first: int, last: int, probes: Float32, cuts: Float32, tally: Tally
 ) -> tuple[Int64, Int64]:
     wide = np.empty((min(_BLOCK_ROWS, last - first), stored.shape[1]), np.float32)
     which: list[Int64] = []
@@ -154,6 +157,7 @@ def _by_blocks(
         products = probes @ _widened(stored[start : min(start + _BLOCK_ROWS, last)], wide).T
         # `not below` rather than `at or above`: what overflowed to NaN is scored exactly, not lost.
         probe, row = np.nonzero(~(products < cuts[:, None]))
+        tally.add(row.size)
         which.append(probe)
         rows.append(row + start)
     return np.concatenate(which), np.concatenate(rows)

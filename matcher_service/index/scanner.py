@@ -26,12 +26,33 @@ class Hits(NamedTuple):
     certified: NDArray[np.bool_]
 
 
+HITS_MAX = 4_000_000
+
+
+class TooManyHits(Exception):
+    """A scan of several probes came upon more rows than are held at once: ask for fewer probes."""
+
+
+class Tally:
+    """Counts what a scan of `probes` probes finds, from all its threads, and ends it when it is too much."""
+
+    def __init__(self, probes: int) -> None:
+        self._left = HITS_MAX
+        self._bounded = probes > 1
+
+    def add(self, hits: int) -> None:
+        """Raises TooManyHits, but never where there is one probe."""
+        self._left -= hits
+        if self._bounded and self._left < 0:
+            raise TooManyHits
+
+
 class Scanner(Protocol):
     rows: int
 
     def scan(self, probes: Float32, floors: Float32) -> Hits:
         """Every row whose score is >= the probe's floor. `probes` float32 [n, d] unit rows, C order;
-        `floors` float32 [n], -inf for all rows."""
+        `floors` float32 [n], -inf for all rows. Raises TooManyHits for several probes in a crowd."""
         ...
 
     def guess(self, probes: Float32, count: int) -> Hits:

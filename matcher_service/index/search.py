@@ -17,14 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from matcher_service.errors import InvalidInput
+from matcher_service.index import scanner
 from matcher_service.index.rows import UInt32
-from matcher_service.index.scanner import Hits, Together, together_of
+from matcher_service.index.scanner import Hits, Together, TooManyHits, together_of
 from matcher_service.index.segment import Part
 from matcher_service.merge import best_candidates, kth_best_scores, offsets_of, order_of
 from matcher_service.terms import Cause, Float32, Int64, SearchRequest, SearchResult
 
-# Hits that one call of a scanner may be expected to give for probes without a useful floor: 12 bytes each.
-_HITS_MAX = 4_000_000
 # Impostor scores of real spaces spread wider than the 1/sqrt(d) of independent directions.
 _SPREAD = 1.5
 # Expected hits per wanted candidate above which a guess pays for itself.
@@ -147,19 +146,35 @@ class _Search:
         floors = np.maximum(floors, self._kth)
         # Without a floor every row is a hit: few such probes at a time.
         boundless = loose & ~np.isfinite(self._kth) if any_loose else loose
-        at_once = max(1, _HITS_MAX // part.rows)
+        at_once = max(1, scanner.HITS_MAX // part.rows)
         chunks = [np.flatnonzero(~boundless)] if any_loose else [np.arange(len(floors))]
         rest = np.flatnonzero(boundless) if any_loose else chunks[0][:0]
         chunks += [rest[start : start + at_once] for start in range(0, len(rest), at_once)]
         for chosen in chunks:
-            if not len(chosen):
-                continue
-            whole = len(chosen) == len(floors)
-            probes = self._request.probes if whole else self._request.probes[chosen]
-            hits = part.scanner.scan(probes, floors if whole else floors[chosen])
-            self._take(part, number, sequence, hits, chosen)
+            if len(chosen):
+                self._scan_some(part, number, sequence, floors, chosen)
         if any_loose:
             self._tighten()
+
+    def _scan_some(self, part: Part, number: int, sequence: int, floors: Float32, chosen: Int64) -> None:
+        """Scan for the probes numbered `chosen`, in halves where they meet a crowd."""
+        whole = len(chosen) == len(floors)
+        probes = self._request.probes if whole else self._request.probes[chosen]
+        try:
+            hits = part.scanner.scan(probes, floors if whole else floors[chosen])
+        except TooManyHits:
+            half = len(chosen) // 2
+            for some in (chosen[:half], chosen[half:]):
+                self._scan_some(part, number, sequence, floors, some)
+            return
+        self._take(part, number, sequence, hits, chosen)
+        if sum(len(table.rows) for table in self._tables) > scanner.HITS_MAX:
+            self._cut()
+
+    def _cut(self) -> None:
+        """Let go of all hits but the candidates so far: no other can become one."""
+        found = _joined(self._tables)
+        self._tables = [_taken(found, self._candidates(found))]
 
     def _take(self, part: Part, number: int, sequence: int, hits: Hits, chosen: Int64) -> None:
         certified = int(np.count_nonzero(hits.certified))
@@ -191,7 +206,7 @@ class _Search:
         count = _HITS_PER_CANDIDATE * int(self._request.rank_max.max())
         chosen = np.flatnonzero(lacking)
         while len(chosen) and count < part.rows:
-            at_once = max(1, _HITS_MAX // count)
+            at_once = max(1, scanner.HITS_MAX // count)
             done = np.zeros(len(floors), np.bool_)
             for start in range(0, len(chosen), at_once):
                 some = chosen[start : start + at_once]
@@ -223,37 +238,38 @@ class _Search:
         self._tables = [_taken(joined, kept)]
 
     def _result(self, missing: tuple[str, ...]) -> SearchResult:
-        request = self._request
         found = _joined(self._tables)
-        parts = self._parts
-
-        def reference_of(hit: int) -> bytes:
-            return parts[int(found.part[hit])].reference_id(int(found.rows[hit]))
-
-        def subject_of(hit: int) -> bytes:
-            return parts[int(found.part[hit])].subject_id(int(found.rows[hit]))
-
-        kept = best_candidates(
-            found.probes,
-            found.gallery,
-            found.scores,
-            found.subjects,
-            reference_of,
-            subject_of,
-            order_of(request.gallery_ids),
-            request.rank_max,
-        )
+        kept = self._candidates(found)
         return SearchResult(
-            offsets=offsets_of(found.probes[kept], len(request.probes)),
+            offsets=offsets_of(found.probes[kept], len(self._request.probes)),
             gallery=found.gallery[kept],
             scores=found.scores[kept],
-            reference_ids=[reference_of(hit).decode() for hit in kept.tolist()],
-            subject_ids=[subject_of(hit).decode() for hit in kept.tolist()],
+            reference_ids=[self._reference_of(found, hit).decode() for hit in kept.tolist()],
+            subject_ids=[self._subject_of(found, hit).decode() for hit in kept.tolist()],
             sequence=self._view.sequence,
             missing=missing,
             certified=self._certified,
             scanned=self._scanned,
         )
+
+    def _candidates(self, found: _Table) -> Int64:
+        """Which of the hits are the candidates, as positions in order of probe and rank."""
+        return best_candidates(
+            found.probes,
+            found.gallery,
+            found.scores,
+            found.subjects,
+            lambda hit: self._reference_of(found, hit),
+            lambda hit: self._subject_of(found, hit),
+            order_of(self._request.gallery_ids),
+            self._request.rank_max,
+        )
+
+    def _reference_of(self, found: _Table, hit: int) -> bytes:
+        return self._parts[int(found.part[hit])].reference_id(int(found.rows[hit]))
+
+    def _subject_of(self, found: _Table, hit: int) -> bytes:
+        return self._parts[int(found.part[hit])].subject_id(int(found.rows[hit]))
 
 
 def _table(probes: Int64, number: int, part: int, rows: Int64, scores: Float32, subjects: UInt32) -> _Table:
@@ -261,7 +277,7 @@ def _table(probes: Int64, number: int, part: int, rows: Int64, scores: Float32, 
     return _Table(probes, np.full(count, number), np.full(count, part), rows, scores, subjects)
 
 
-def _taken(table: _Table, kept: NDArray[np.bool_]) -> _Table:
+def _taken(table: _Table, kept: NDArray[np.bool_] | Int64) -> _Table:
     probes, gallery, part, rows, scores, subjects = table
     return _Table(probes[kept], gallery[kept], part[kept], rows[kept], scores[kept], subjects[kept])
 

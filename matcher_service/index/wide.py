@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from matcher_service.index.scanner import Hits
+from matcher_service.index.scanner import Hits, Tally
 from matcher_service.index.score import float32_margin, norms, pair_scores
 from matcher_service.terms import Float32, Int64
 
@@ -32,10 +32,12 @@ class WideScanner:
         cuts = (floors.astype(np.float64) - margin).astype(np.float32)[:, None]
         which: list[Int64] = []
         rows: list[Int64] = []
+        tally = Tally(len(probes))
         for start in range(0, len(probes), self._at_once()):
             here = slice(start, start + self._at_once())
             # `not below` rather than `at or above`: a product that overflowed to NaN is re-scored, not lost.
             probe, row = np.nonzero(~(probes[here] @ self._wide.T < cuts[here]))
+            tally.add(row.size)
             which.append(probe + start)
             rows.append(row)
         return self._exact(probes, floors, _joined(which), _joined(rows))

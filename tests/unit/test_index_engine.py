@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from matcher_service.errors import DataDamaged, MemoryRefused, ShuttingDown
+from matcher_service.index import scanner
 from matcher_service.index.compaction import PLAIN_ROWS_MAX, CompactionBudget, SegmentSize, to_rewrite
 from matcher_service.index.engine import BuildScanner, Engine
 from matcher_service.index.rows import HashIndex, Names, id_hashes, joined_names
@@ -124,6 +125,29 @@ def test_the_best_few_are_exact_among_ties_duplicates_and_hubs(data: st.DataObje
         rng.integers(1, 9, count),
         NOW_MS,
     )
+    assert same(engine.search(request), oracle.search_now(request))
+
+
+@pytest.mark.parametrize("count", [1200, 9000])
+def test_a_crowd_that_every_probe_meets_is_gone_through_probe_by_probe(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Law 2, with bounded memory: of thousands of equal rows no more than a few probes' hits are held at once."""
+    monkeypatch.setattr(scanner, "HITS_MAX", 2000)
+    rng = np.random.default_rng(5)
+    log, engine, oracle = LogWriter(), engine_of(), FlatOracle()
+    log.create("g", 64)
+    people = unit_rows(rng, 3, 64)
+    for number in range(count):
+        log.enrol("g", f"r{number}", people[number % 3], f"s{number % 400}")
+    engine.apply(log.entries)
+    oracle.apply_now(log.entries)
+    engine.snapshot()
+    while engine.rewrite_one(BUDGET, NOW_MS, quiet=True):
+        pass
+    request = asking(np.concatenate([people, people, unit_rows(rng, 3, 64)]), ("g",), 0.9, 20)
+    with pytest.raises(scanner.TooManyHits):
+        engine.view.galleries["g"].parts[0].scanner.scan(request.probes, np.full(9, 0.9, np.float32))
     assert same(engine.search(request), oracle.search_now(request))
 
 
