@@ -185,7 +185,7 @@ async def compare(
     return sum(map(bool, got))
 
 
-async def measure(args: argparse.Namespace, made: Farm, folder: Path, notes: Console) -> list[Row]:
+async def measure(args: argparse.Namespace, made: Farm, shard_name: str, folder: Path, notes: Console) -> list[Row]:
     space = SpaceId("bench", 1, args.dimension)
     stored = gallery("isotropic", args.references, args.dimension, args.seed)
     mated = probes(stored, "isotropic", 64, MATE_COSINE, args.seed + 1, mated=0.5)
@@ -195,7 +195,7 @@ async def measure(args: argparse.Namespace, made: Farm, folder: Path, notes: Con
     rows = []
     for batch in args.batch:
         settings = {
-            **made.environment([[made.replica(0, MODEL)]]),
+            **made.environment([[made.replica(0, shard_name)]]),
             "MATCHER_BATCHING__BATCH_PROBES_MAX": str(batch),
             "MATCHER_LOG_LEVEL": "error",
         }
@@ -291,7 +291,7 @@ def main() -> int:
     try:
         environment = server_environment()
         with farm(environment, [{MODEL: ALL_PARTITIONS}]) as made, tempfile.TemporaryDirectory() as folder:
-            rows = uvloop.run(measure(args, made, Path(folder), notes))
+            rows = uvloop.run(measure(args, made, MODEL, Path(folder), notes))
     except (CannotServe, NoPostgres) as reason:
         notes.print(f"there can be no cluster here: {reason}", markup=False)
         return 1

@@ -26,16 +26,18 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.served import DEPLOYMENT, Service, enrol, prepare, service
+from benchmarks.served import Service, enrol, prepare, service
 from matcher_service.client import MatcherClient, ProbeAnswer, Probes, References
 from matcher_service.partitions import partition_of, share
 from matcher_service.terms import Outcome, SpaceId
 from tests.cluster.farm import Farm, farm
 from tests.cluster.served_postgres import CannotServe as NoPostgres
+from tests.cluster.served_triton import ServedTriton
 from tests.cluster.server_environment import CannotServe
 from tests.cluster.server_environment import prepare as server_environment
 
 GALLERY = "people"
+OPERATION = "demo"
 THRESHOLD = 0.6
 MATE_COSINE = 0.8
 MESSAGE_PROBES = 16
@@ -114,7 +116,7 @@ async def stream(
                 probe_ids=[str(row) for row in some],
                 templates=crowd.probes[some],
                 captured_at_ms=[time.time_ns() // 1_000_000] * len(some),
-                deployment_id=DEPLOYMENT,
+                deployment_id=OPERATION,
                 deadline_s=10.0,
             )
             await asyncio.sleep(0.01)
@@ -193,18 +195,18 @@ async def add(clients: list[MatcherClient], space: SpaceId, held: str, dimension
     return fresh, Change(f"enrol a person {held} ({receipts[0].outcome.value})", seconds, seen)
 
 
-async def show(args: argparse.Namespace, made: Farm, gateways: list[Service], notes: Console) -> dict[str, Any]:
+async def show(args: argparse.Namespace, lost: ServedTriton, gateways: list[Service], notes: Console) -> dict[str, Any]:
+    """`lost` is the server to be killed, and started again."""
     space = SpaceId("demo", 1, args.dimension)
     crowd = people(args.references, args.probes, args.dimension, args.seed)
-    prepare(gateways[0], space, {GALLERY: THRESHOLD})
+    prepare(gateways[0], space, {GALLERY: THRESHOLD}, deployment_id=OPERATION)
     notes.print(f"Importing {args.references:,} references of {args.dimension} dimensions through gateway 1")
     began = time.monotonic()
-    await enrol(gateways[0], space, GALLERY, crowd.stored)
+    await enrol(gateways[0], space, GALLERY, crowd.stored, deployment_id=OPERATION)
     took = time.monotonic() - began
     notes.print(f"  {args.references / took:,.0f} references/s, until every shard has the last of them")
     async with AsyncExitStack() as closing:
         clients = [await closing.enter_async_context(MatcherClient(one.grpc_address, one.token)) for one in gateways]
-        lost = made.servers[1]
         for client in clients:
             await until_whole(client, space, crowd)
         notes.print(f"Streaming {args.probes:,} probes to both gateways")
@@ -328,7 +330,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         with cluster(notes) as (made, gateways):
-            found = asyncio.run(show(args, made, gateways, notes))
+            found = asyncio.run(show(args, made.servers[1], gateways, notes))
     except (CannotServe, NoPostgres) as reason:
         notes.print(f"there can be no cluster here: {reason}", markup=False)
         return 1

@@ -112,7 +112,14 @@ def service(
             process.wait()
 
 
-def prepare(served: Service, space: SpaceId, galleries: Mapping[str, float], *, rank_max: int = 100) -> None:
+def prepare(
+    served: Service,
+    space: SpaceId,
+    galleries: Mapping[str, float],
+    *,
+    rank_max: int = 100,
+    deployment_id: str = DEPLOYMENT,
+) -> None:
     """A space, galleries with the threshold of each, and one deployment over them all."""
     now = time.time_ns() // 1_000_000
     named = {"name": space.name, "version": space.version, "dimension": space.dimension}
@@ -137,7 +144,7 @@ def prepare(served: Service, space: SpaceId, galleries: Mapping[str, float], *, 
         (
             "/v1/deployments",
             {
-                "deployment_id": DEPLOYMENT,
+                "deployment_id": deployment_id,
                 "gallery_ids": list(galleries),
                 "opens_at_ms": now - 1000,
                 "closes_at_ms": now + DAY_MS,
@@ -153,7 +160,9 @@ def prepare(served: Service, space: SpaceId, galleries: Mapping[str, float], *, 
             api.post(path, json=body).raise_for_status()
 
 
-async def enrol(served: Service, space: SpaceId, gallery_id: str, stored: NDArray[Any]) -> int:
+async def enrol(
+    served: Service, space: SpaceId, gallery_id: str, stored: NDArray[Any], *, deployment_id: str = DEPLOYMENT
+) -> int:
     """The rows as references r0, r1, ..., one subject each; waits until a search sees them all. Returns the
     sequence of the newest."""
 
@@ -177,7 +186,7 @@ async def enrol(served: Service, space: SpaceId, gallery_id: str, stored: NDArra
                 probe_ids=["last"],
                 templates=stored[:1],
                 captured_at_ms=[time.time_ns() // 1_000_000],
-                deployment_id=DEPLOYMENT,
+                deployment_id=deployment_id,
                 gallery_ids=[gallery_id],
                 min_sequence=head,
                 deadline_s=60,

@@ -91,13 +91,18 @@ class ServedTriton:
         while time.monotonic() < until:
             if self._process.poll() is not None:
                 raise ServerDied(f"the server ended with {self._process.returncode}:\n{self.log_tail()}")
-            with contextlib.suppress(urllib.error.URLError, OSError):
-                url = f"http://127.0.0.1:{self.http_port}/v2/health/ready"
-                with urllib.request.urlopen(url, timeout=2) as answer:
-                    if answer.status == 200:
-                        return
+            if self.is_ready():
+                return
             time.sleep(0.05)
         raise ServerDied(f"the server was not ready in time:\n{self.log_tail()}")
+
+    def is_ready(self) -> bool:
+        """Whether it says that all its models are ready."""
+        with contextlib.suppress(urllib.error.URLError, OSError):
+            url = f"http://127.0.0.1:{self.http_port}/v2/health/ready"
+            with urllib.request.urlopen(url, timeout=2) as answer:
+                return bool(answer.status == 200)
+        return False
 
     def log_tail(self, lines: int = 60) -> str:
         return "\n".join(self.log_file.read_text(errors="replace").splitlines()[-lines:])
