@@ -115,6 +115,14 @@ class BoundedConnection(psycopg.Connection[Any]):
             raise
 
 
+class BinaryCursor(psycopg.Cursor[Any]):
+    """Fetches values as the server holds them. Templates as text would be twice as long, and take twice the time."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.format = psycopg.pq.Format.BINARY
+
+
 class PostgresDatabase:
     """The gallery log's database. `writer` has one connection, whose transactions take their turn; the `readers`
     connections of `reader` cannot write. Nothing connects before it is used.
@@ -225,9 +233,16 @@ class PostgresDatabase:
             f"lock_timeout={_WAIT_FOR_TURN_S_MAX}s",
             *_WRITING,
         )
+
+        def connect() -> BoundedConnection:
+            connection = _connect(self._url, *options, reply_s_max=reply_s_max)
+            if not writes:
+                connection.cursor_factory = BinaryCursor
+            return connection
+
         engine = create_engine(
             "postgresql+psycopg://",
-            creator=lambda: _connect(self._url, *options, reply_s_max=reply_s_max),
+            creator=connect,
             poolclass=QueuePool,
             pool_size=connections,
             max_overflow=0,

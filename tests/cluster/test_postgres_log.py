@@ -237,7 +237,7 @@ def test_the_migrations_give_exactly_the_metadatas_tables(postgres_url: str) -> 
     database = PostgresDatabase(postgres_url, 1)
     database.prepare()
     database.prepare()
-    with database.reader.begin() as connection:
+    with database.writer.begin() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
     database.dispose()
 
