@@ -49,7 +49,8 @@ def enrolments(stored: Float16, first: int, now_ms: int) -> list[LogEntry]:
 async def run(args: argparse.Namespace, folder: Path, notes: Console) -> list[dict[str, object]]:
     clock = SystemClock()
     settings = IndexSettings(threads=args.threads)  # type: ignore[call-arg]
-    stored = gallery(args.data, args.references, args.dimension, args.seed)
+    # In a file: the engine has a copy, and both would not fit for ten million references.
+    stored = gallery(args.data, args.references, args.dimension, args.seed, folder / "gallery.npy")
     asked = probes(stored, args.data, max(args.batch), args.threshold + ABOVE_THRESHOLD, args.seed + 1)
     live = np.ones(len(stored), np.bool_)
     results: list[dict[str, object]] = []
@@ -100,7 +101,9 @@ async def run(args: argparse.Namespace, folder: Path, notes: Console) -> list[di
 
     with bar(notes) as progress:
         task = progress.add_task("enrolling", total=len(stored))
-        shard = await LocalShard.open(folder, _key, settings, clock)
+        data = folder / "index"
+        data.mkdir()
+        shard = await LocalShard.open(data, _key, settings, clock)
         began = time.perf_counter()
         await shard.apply([_created(args.dimension, clock.wall_ms())])
         for first in range(0, len(stored), _BLOCK):
@@ -119,8 +122,11 @@ async def run(args: argparse.Namespace, folder: Path, notes: Console) -> list[di
         progress.update(task, description="writing files, restarting")
         await shard.close()
         began = time.perf_counter()
-        shard = await LocalShard.open(folder, _key, settings, clock, erase_within_s=_ERASE_WITHIN_S)
-        notes.print(f"ready again in {time.perf_counter() - began:.1f} s from {_size(folder) / 2**20:.0f} MiB of files")
+        shard = await LocalShard.open(data, _key, settings, clock, erase_within_s=_ERASE_WITHIN_S)
+        notes.print(
+            f"ready again in {time.perf_counter() - began:.1f} s from {_size(data) / 2**20:.0f} MiB of files; "
+            f"the process has {_resident_bytes() / len(stored):.0f} bytes per reference"
+        )
         await search(shard, "restarted")
         progress.update(task, description="withdrawing")
         ended = np.random.default_rng(args.seed).choice(len(stored), int(args.withdrawn * len(stored)), replace=False)
@@ -171,6 +177,12 @@ def _created(dimension: int, now_ms: int) -> LogEntry:
 
 def _key(gallery_id: str) -> bytes:
     return gallery_id.encode().ljust(32, b".")
+
+
+def _resident_bytes() -> int:
+    """Memory of this process that is its own: what is mapped from files can be had back."""
+    fields = Path("/proc/self/status").read_text().split()
+    return 1024 * int(fields[fields.index("RssAnon:") + 1])
 
 
 def _size(folder: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -35,14 +36,19 @@ class Probes:
     mates: NDArray[np.int64]
 
 
-def gallery(kind: Kind, references: int, dimension: int, seed: int) -> Float16:
-    """Stored rows, float16 [references, dimension].
+def gallery(kind: Kind, references: int, dimension: int, seed: int, file: Path | None = None) -> Float16:
+    """Stored rows, float16 [references, dimension]; in memory, or in a `file` that is mapped.
 
     `isotropic`: independent directions. `spread07`, `spread10`: impostor scores with a standard deviation of
     0.07 and 0.10 through a spectrum that falls, 1% exact duplicates, and 20 hubs with 1% of the rows at cosine
     0.5 to one of them. `real`: the 400 real templates, centred, and synthetic people drawn like them.
     """
-    stored = np.empty((references, dimension), np.float16)
+    shape = (references, dimension)
+    stored: Float16 = (
+        np.empty(shape, np.float16)
+        if file is None
+        else np.lib.format.open_memmap(file, mode="w+", dtype=np.float16, shape=shape)
+    )
     for start, rows in _blocks(kind, references, dimension, seed):
         stored[start : start + len(rows)] = rows
     if kind in _SPREAD:
