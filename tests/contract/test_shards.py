@@ -1,5 +1,5 @@
 """What every Shard owes its callers (`seams.Shard`, `seams.ReplayedShard`): the engine in this process, the same
-on a Triton server, and the flat oracle that the other tests trust."""
+on a Triton server, several shards together, and the flat oracle that the other tests trust."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from matcher_service.terms import Cause, SearchRequest, SearchResult
 from tests.fake_clock import FakeClock
 from tests.log_writer import FAR_MS, NOW_MS, LogWriter, asking, unit_rows
 from tests.oracle import FlatOracle, score_of
+from tests.oracle_replicas import ScatteredOracles
 
 KEY = bytes(32)
 
@@ -35,6 +36,13 @@ async def oracle(request: pytest.FixtureRequest) -> AsyncIterator[ReplayedShard]
 
 
 @asynccontextmanager
+async def in_shards(request: pytest.FixtureRequest) -> AsyncIterator[ReplayedShard]:
+    shard = ScatteredOracles()
+    yield shard
+    await shard.close()
+
+
+@asynccontextmanager
 async def on_triton(request: pytest.FixtureRequest) -> AsyncIterator[ReplayedShard]:
     served = request.getfixturevalue("served_shard")
     # Imported only where there is a server: the default tests run without the client.
@@ -49,6 +57,7 @@ async def on_triton(request: pytest.FixtureRequest) -> AsyncIterator[ReplayedSha
 IMPLEMENTATIONS = [
     pytest.param(local, id="local"),
     pytest.param(oracle, id="oracle"),
+    pytest.param(in_shards, id="scattered"),
     pytest.param(on_triton, id="triton", marks=pytest.mark.cluster),
 ]
 

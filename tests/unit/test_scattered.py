@@ -3,80 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
-import prometheus_client
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from matcher_service.clock import SystemClock
-from matcher_service.errors import InvalidInput, ReplayBehind, ShardUnavailable
-from matcher_service.metrics import Metrics
-from matcher_service.partitions import ALL_PARTITIONS, NO_PARTITIONS, Partitions, partition_of, share
-from matcher_service.shards.exchange import ShardAnswer, ShardState
-from matcher_service.shards.scattered import Known, Scattered, in_turn
-from matcher_service.terms import LogEntry, SearchRequest
+from matcher_service.errors import InvalidInput, ReplayBehind
+from matcher_service.partitions import ALL_PARTITIONS, NO_PARTITIONS, partition_of, share
+from matcher_service.shards.exchange import ShardState
+from matcher_service.shards.scattered import Known, in_turn
 from tests.log_writer import LogWriter, asking, unit_rows
 from tests.oracle import FlatOracle, same
-
-GONE = ShardUnavailable("no answer")
-
-
-@dataclass(eq=False)
-class OracleReplica:
-    """A replica in this process: the flat oracle over its own partitions. A test sets what is wrong with it."""
-
-    name: str
-    assigned: Partitions = ALL_PARTITIONS
-    age_ms: float | None = 0.0
-    gone: bool = False
-    still: bool = False
-    missing: tuple[str, ...] = ()
-    refusal: str = ""
-    asked: int = 0
-    held: FlatOracle = field(default_factory=FlatOracle)
-    released: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def apply(self, entries: Sequence[LogEntry]) -> None:
-        for entry in entries:
-            if entry.reference_id and partition_of(entry.gallery_id, entry.reference_id) not in self.assigned:
-                self.held.sequence = entry.sequence
-            else:
-                self.held.apply_now([entry])
-
-    def told(self) -> ShardState:
-        live = {gallery_id: len(rows) for gallery_id, rows in self.held.galleries.items()}
-        return ShardState(
-            "shard", self.held.sequence, self.age_ms, self.assigned, missing=self.missing, refusal=self.refusal,
-            live=live, dead=dict.fromkeys(live, 0),
-        )  # fmt: skip
-
-    async def search(self, request: SearchRequest, until: float) -> ShardAnswer:
-        self.asked += 1
-        if self.gone:
-            raise GONE
-        if self.still:
-            await self.released.wait()
-        result = replace(self.held.search_now(request), missing=self.missing)
-        return ShardAnswer(result, self.told())
-
-    async def state(self, until: float) -> ShardState:
-        if self.gone:
-            raise GONE
-        return self.told()
-
-
-def scattered(*shards: Sequence[OracleReplica], hedge_after_s: float = 0.0, answer_within_s: float = 30.0) -> Scattered:
-    return Scattered(
-        shards,
-        SystemClock(),
-        Metrics(prometheus_client.CollectorRegistry()),
-        hedge_after_s=hedge_after_s,
-        answer_within_s=answer_within_s,
-    )
+from tests.oracle_replicas import OracleReplica, scattered
 
 
 def people(count: int = 60) -> LogWriter:
