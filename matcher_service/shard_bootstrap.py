@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import structlog
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
@@ -58,6 +58,9 @@ class ShardSettings(_Configured):
         "all", description='Partitions to own: ranges such as "0-63, 70", "all", "none", or a bitmap in hexadecimal.'
     )
     threads: int = Field(0, ge=0, description="Threads of a search; 0: all cores.")
+    scanner: Literal["cpu", "gpu", "gpu-faiss"] | None = Field(
+        None, description="What filters, as index.scanner of a gateway; not given: a GPU if the instance has one."
+    )
     memory_bytes_max: int = Field(0, ge=0, description="Budget of the index; 0: 70% of the machine's memory.")
     segment_rows_max: int = Field(1_000_000, ge=1000, description="Rows at which a segment is sealed.")
     erase_within_h: float = Field(1.0, gt=0, le=24, description="Withdrawn rows leave memory and files within this.")
@@ -100,8 +103,9 @@ def load_settings(parameters: Mapping[str, str]) -> ShardSettings:
         ) from invalid
 
 
-def open_shard(name: str, parameters: Mapping[str, str]) -> HostedShard:
-    """The shard `name` of a model with these parameters; it goes on opening after the return.
+def open_shard(name: str, parameters: Mapping[str, str], gpu: str = "") -> HostedShard:
+    """The shard `name` of a model with these parameters; it goes on opening after the return. `gpu` is that of the
+    model's instance, such as cuda:0; "": it has none.
 
     Raises StartRefused if the settings make no sense.
     """
@@ -116,20 +120,26 @@ def open_shard(name: str, parameters: Mapping[str, str]) -> HostedShard:
         ],
         wrapper_class=structlog.make_filtering_bound_logger(settings.log_level),
     )
-    shard = HostedShard(name, _opening(name, settings))
+    shard = HostedShard(name, _opening(name, settings, index_settings(settings, gpu)))
     interpreter.tune()
     return shard
 
 
-def _opening(name: str, settings: ShardSettings) -> Opening:
-    clock = UnsuspendedClock()
-    # Of these a shard that only reads uses nothing.
-    storage = StorageSettings()  # type: ignore[call-arg]
-    index = IndexSettings(  # type: ignore[call-arg]
+def index_settings(settings: ShardSettings, gpu: str) -> IndexSettings:
+    """Those of the engine; `gpu` as in `open_shard`."""
+    return IndexSettings(  # type: ignore[call-arg]
         memory_bytes_max=settings.memory_bytes_max,
         segment_rows_max=settings.segment_rows_max,
         threads=settings.threads,
+        scanner=settings.scanner or ("gpu" if gpu else "cpu"),
+        gpu_devices=(gpu,) if gpu else (),
     )
+
+
+def _opening(name: str, settings: ShardSettings, index: IndexSettings) -> Opening:
+    clock = UnsuspendedClock()
+    # Of these a shard that only reads uses nothing.
+    storage = StorageSettings()  # type: ignore[call-arg]
 
     @asynccontextmanager
     async def opened() -> AsyncIterator[tuple[FollowingShard, OpenLog]]:

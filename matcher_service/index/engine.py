@@ -405,6 +405,7 @@ class Engine:
                 for segment in state.segments:
                     segment.file = None
                 mine.segments += state.segments
+            self._outdated.extend(other._outdated)
             self._changed = True
             self._publish(given, self._view.sequence)
 
@@ -427,8 +428,8 @@ class Engine:
         The log knows nothing of this: until a snapshot taken later is in the files, a restart brings the rows back.
         """
         with self._writing:
-            for gallery_id, state in self._states.items():
-                self._freeze(gallery_id, state)
+            for gallery_id in self._states:
+                self._freeze(gallery_id, self._states[gallery_id])
             self._publish(self._states, self._view.sequence)
         ended = 0
         judged: list[Segment] = []

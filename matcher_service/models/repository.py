@@ -32,7 +32,7 @@ def assemble(
 ) -> Path:
     """Copy `models` from the repository `source` to the new folder `into`, with `instances` of each, and with the
     `parameters` of face_embedder that are named. Without `on_gpu` every instance is on the CPU. Of gallery_shard there
-    is one copy for each of `shards`, under that name and with those of its parameters.
+    is one copy for each of `shards`, under that name and with those of its parameters; one instance each.
 
     Returns `into`. Raises StartRefused if `into` has contents, or a model or parameter does not exist.
     """
@@ -54,6 +54,8 @@ def assemble(
         shutil.copytree(source / SHARD, into / name, ignore=_NOT_COPIED)
         config = into / name / "config.pbtxt"
         text = config.read_text("utf-8").replace(f'name: "{SHARD}"', f'name: "{name}"', 1)
+        if on_gpu:
+            text = text.replace("kind: KIND_CPU", "kind: KIND_GPU", 1)
         for key, value in chosen.items():
             text = with_parameter(text, key, value)
         config.write_text(text, "utf-8")

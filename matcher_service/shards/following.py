@@ -41,6 +41,7 @@ from matcher_service.errors import (
 from matcher_service.index.disk import Disk
 from matcher_service.index.engine import Erased
 from matcher_service.index.memory import budget_bytes
+from matcher_service.index.scanners import Scanners
 from matcher_service.index.snapshots import Key
 from matcher_service.partitions import (
     ALL_PARTITIONS,
@@ -114,6 +115,23 @@ class _Standing:
         if self.losses is later.losses:
             return self.held
         return frozenset(one for one in self.held if self.losses.get(one, 0) == later.losses.get(one, 0))
+
+
+class _Lent:
+    """The scanners of one index for use by another, which neither tends nor closes them."""
+
+    def __init__(self, scanners: Scanners) -> None:
+        self.build = scanners.build
+        self.arrays = scanners.arrays
+        self.load = scanners.load
+        self.growing = scanners.growing
+        self.condition = scanners.condition
+
+    def tend(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        """They stay open."""
 
 
 class FollowingShard:
@@ -385,7 +403,8 @@ class FollowingShard:
         held = await self._standing.shard.status()
         left = max(1, budget_bytes(self._settings.memory_bytes_max) - held.bytes_in_memory)
         settings = self._settings.model_copy(update={"memory_bytes_max": left})
-        other = await self._open_index(self._aside, settings)
+        # With the same scanners: those of the segments that are adopted must outlive the index aside.
+        other = await self._open_index(self._aside, settings, _Lent(self._standing.shard.scanners))
         try:
             while self._still(gaining):
                 if other.applied_sequence > self._standing.shard.applied_sequence:
@@ -470,8 +489,12 @@ class FollowingShard:
     def _aside(self) -> Path:
         return self._directory / "gaining"
 
-    async def _open_index(self, directory: Path, settings: IndexSettings) -> LocalShard:
-        return await LocalShard.open(directory, self._key, settings, self._clock, erase_within_s=self._erase_within_s)
+    async def _open_index(
+        self, directory: Path, settings: IndexSettings, scanners: Scanners | None = None
+    ) -> LocalShard:
+        return await LocalShard.open(
+            directory, self._key, settings, self._clock, erase_within_s=self._erase_within_s, scanners=scanners
+        )
 
     def _save(self) -> None:
         # Not in a thread: what is written must be the latest, and whole, whatever is cancelled; and it is seldom.

@@ -147,6 +147,11 @@ class LocalShard:
         return await self._run(self._searching, lambda: self._engine.search(request))
 
     @property
+    def scanners(self) -> Scanners:
+        """What its segments are scanned with; closed with it."""
+        return self._scanners
+
+    @property
     def view(self) -> View:
         """What is held now, for `search_here`."""
         return self._engine.view

@@ -89,6 +89,25 @@ def test_each_shard_of_a_server_is_a_model_of_its_own(tmp_path: Path) -> None:
         assert (tmp_path / "models" / name / "1" / "model.py").is_file()
 
 
+def test_an_instance_on_a_gpu_filters_there_unless_told_otherwise(tmp_path: Path) -> None:
+    """On that GPU and no other; the repository says which kind of instance it is."""
+    from matcher_service.shard_bootstrap import index_settings, load_settings
+
+    found = [
+        index_settings(load_settings({**GIVEN, "scanner": scanner}), gpu)
+        for scanner, gpu in (("", ""), ("", "cuda:1"), ("cpu", "cuda:1"), ("gpu-faiss", "cuda:0"))
+    ]
+    assert [(one.scanner, one.gpu_devices) for one in found] == [
+        ("cpu", ()),
+        ("gpu", ("cuda:1",)),
+        ("cpu", ("cuda:1",)),
+        ("gpu-faiss", ("cuda:0",)),
+    ]
+    for on_gpu in (False, True):
+        made = assemble(SOURCE, tmp_path / str(on_gpu), models=(), shards={"a": {}}, on_gpu=on_gpu)
+        assert f"count: 1 kind: {'KIND_GPU' if on_gpu else 'KIND_CPU'}" in (made / "a/config.pbtxt").read_text()
+
+
 @pytest.mark.parametrize("asked", ["a", "a=", "=0-3", "a/b=0-3", "a=0-300"])
 def test_a_shard_that_is_not_named_or_owns_nothing_is_refused(tmp_path: Path, asked: str) -> None:
     """Before anything is written."""

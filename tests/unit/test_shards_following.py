@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 
 from matcher_service.errors import LogUnavailable, ShardUnavailable, StartRefused
+from matcher_service.index import scanners
+from matcher_service.index.scanners import Scanners
 from matcher_service.merge import merge
 from matcher_service.partitions import ALL_PARTITIONS, Partitions, partition_of, share
 from matcher_service.settings import IndexSettings
-from matcher_service.shards import following
+from matcher_service.shards import following, local
 from matcher_service.shards.exchange import ShardAnswer
 from matcher_service.shards.following import FollowingShard
 from matcher_service.terms import EntryKind, LogEntry, SearchRequest, SearchResult
@@ -436,6 +438,36 @@ async def test_a_log_that_refuses_for_good_is_opened_anew(tmp_path: Path, rng: n
     await until(stands_at(shard, log, LEFT))
     assert (opened, shard._standing.shard) == (3, held)
     assert_exact(shard, log, LEFT, rng)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    await shard.close()
+
+
+async def test_what_scans_adopted_rows_goes_on_when_the_index_aside_is_closed(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its threads are those of the shard."""
+    made: list[Scanners] = []
+
+    def scanners_for(settings: IndexSettings) -> Scanners:
+        made.append(scanners.scanners_for(settings))
+        return made[-1]
+
+    monkeypatch.setattr(local, "scanners_for", scanners_for)
+    log = LogWriter()
+    write(log, rng, 3000)
+    several = SETTINGS.model_copy(update={"threads": 2})
+    shard = await FollowingShard.open(
+        "a", tmp_path, lambda _: KEY, several, FakeClock(NOW_MS), configured=LEFT, erase_within_s=3600
+    )
+    running = asyncio.create_task(shard.run(lambda: nullcontext(ReadableLog(log))))  # type: ignore[arg-type]
+    await until(stands_at(shard, log, LEFT))
+    await shard.assign(ALL_PARTITIONS)
+    await until(stands_at(shard, log, ALL_PARTITIONS))
+    await until(lambda: shard._assigned.settled)
+    assert_exact(shard, log, ALL_PARTITIONS, rng)
+    (lent,) = made
+    assert lent._executor.submit(int).result() == 0  # type: ignore[attr-defined]
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     await shard.close()

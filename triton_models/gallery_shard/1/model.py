@@ -22,7 +22,11 @@ class TritonPythonModel:
         chosen = json.loads(args["model_config"])["parameters"]
         self._guard = Guard(os.getppid())
         try:
-            self._shard = open_shard(args["model_name"], {name: one["string_value"] for name, one in chosen.items()})
+            self._shard = open_shard(
+                args["model_name"],
+                {name: one["string_value"] for name, one in chosen.items()},
+                f"cuda:{args['model_instance_device_id']}" if args["model_instance_kind"] == "GPU" else "",
+            )
         except BaseException:
             self._guard.release()
             raise
