@@ -8,9 +8,9 @@ from pathlib import Path
 _SHARE = 0.7
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
-# Per row beyond its template and ids: sequence, expiry, subject hash, end, hash index and offsets (52 bytes),
-# and the filter's codes and factors, of at most 128 4-bit codes (72 bytes), rounded up.
-ROW_BYTES = 160
+# Per row beyond its template and ids: sequence, expiry, subject hash, end, hash index and offsets (at most 40 bytes),
+# and the filter's codes with their row numbers at 512 dimensions (195 bytes).
+ROW_BYTES = 235
 
 
 def budget_bytes(memory_bytes_max: int) -> int:
