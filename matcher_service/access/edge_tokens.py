@@ -13,6 +13,7 @@ import hashlib
 import hmac
 import os
 import secrets
+import stat
 from base64 import urlsafe_b64decode
 from pathlib import Path
 
@@ -106,7 +107,8 @@ def _invalid() -> Unauthenticated:
 
 
 def load_or_create_key(keys_dir: Path) -> bytes:
-    """The signing key, made at first start with mode 0600. Raises StartRefused if it cannot be read or written.
+    """The signing key, made at first start with mode 0600. Raises StartRefused if it cannot be read or written, or if
+    others may read it.
 
     Two gateways that start at once agree: the file appears whole, and who comes second reads it.
     """
@@ -126,6 +128,8 @@ def load_or_create_key(keys_dir: Path) -> bytes:
                 pass
             finally:
                 draft.unlink()
+        if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise StartRefused(f"others may read {path}", hint=f"run: chmod 600 {path}")
         key = path.read_bytes()
     except OSError as error:
         raise StartRefused(

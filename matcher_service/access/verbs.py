@@ -60,6 +60,7 @@ HTTP_VERBS: Mapping[str, frozenset[Scope]] = {
     "create_deployment": _only(OFFICER),
     "list_deployments": _WHO_RUN_SEARCHES | {EDGE},
     "describe_deployment": _WHO_RUN_SEARCHES | {EDGE},
+    "export_assessment": _only(OFFICER, AUDITOR),
     "report_deployment": _only(OPERATOR, OFFICER, AUDITOR),
     "end_deployment": _only(OFFICER, OPERATOR),
     "create_case": _only(OFFICER, OPERATOR),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import stat
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +14,25 @@ from hypothesis import strategies as st
 from matcher_service import policy
 from matcher_service.access import bands, sequences
 from matcher_service.access.climbing import BLOCK, COOL_DOWN_S, RUNS_MAX, Climbing
-from matcher_service.access.edge_tokens import EdgeTokens, credential_of, new_secret, secret_opens
+from matcher_service.access.edge_tokens import (
+    KEY_FILE,
+    EdgeTokens,
+    credential_of,
+    load_or_create_key,
+    new_secret,
+    secret_opens,
+)
 from matcher_service.access.rates import BUCKETS_MAX, Rates
 from matcher_service.access.sequences import NONCES_PER_CREDENTIAL_MAX, WINDOW, Sequences
-from matcher_service.errors import Conflict, InvalidInput, MatcherError, Overloaded, TooLarge, Unauthenticated
+from matcher_service.errors import (
+    Conflict,
+    InvalidInput,
+    MatcherError,
+    Overloaded,
+    StartRefused,
+    TooLarge,
+    Unauthenticated,
+)
 from matcher_service.terms import Actor, Candidate, Scope
 from tests.fake_clock import FakeClock
 
@@ -241,6 +258,21 @@ def test_an_edge_token_is_read_by_its_own_service_until_it_ends() -> None:
     for reader, text, now_ms in refusals:
         with pytest.raises(Unauthenticated):
             reader.read(text, now_ms)
+
+
+def test_the_signing_key_is_made_once_and_read_by_its_owner_only(tmp_path: Path) -> None:
+    key = load_or_create_key(tmp_path / "keys")
+    path = tmp_path / "keys" / KEY_FILE
+    assert load_or_create_key(tmp_path / "keys") == key
+    assert (len(key), stat.S_IMODE(path.stat().st_mode)) == (32, 0o600)
+    assert [one.name for one in path.parent.iterdir()] == [KEY_FILE]
+    path.chmod(0o640)
+    with pytest.raises(StartRefused, match="others may read"):
+        load_or_create_key(tmp_path / "keys")
+    path.chmod(0o600)
+    path.write_bytes(b"short")
+    with pytest.raises(StartRefused, match="no key"):
+        load_or_create_key(tmp_path / "keys")
 
 
 def test_every_refusal_of_conduct_says_what_to_do() -> None:
