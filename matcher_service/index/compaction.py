@@ -3,8 +3,8 @@
 Sizes are kept roughly geometric, so that a gallery has few segments and each row is rewritten few times:
 segments are joined with the next larger one only if together they outweigh it. While entries stream in, they
 must be seven times as heavy, and what has no codes yet is coded as soon as it would hold up a search: coding takes
-longer than all else that is done for a new row, so that nothing is coded twice that can wait. In quiet moments an
-eighth is enough.
+longer than all else that is done for a new row, so that nothing is coded twice that can wait. In quiet moments what
+has no codes comes first too, since a larger join would keep searches waiting for it, and then an eighth is enough.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class CompactionBudget:
 
 
 class SegmentSize(NamedTuple):
-    """`live` and `dead` rows, the log time at which the first of the dead ended, whether the codes were made in a hurry,
-    and whether the rows are `plain`: without codes that would pay."""
+    """`live` and `dead` rows, the log time at which the first of the dead ended, whether the codes were made in a
+    hurry, and whether the rows are `plain`: without codes that would pay."""
 
     live: int
     dead: int
@@ -56,11 +56,11 @@ def to_rewrite(sizes: Sequence[SegmentSize], budget: CompactionBudget, now_ms: i
     if wasteful:
         return _up_to(sizes, wasteful, budget.rows_max)
     every = list(range(len(sizes)))
+    plain = [i for i in every if sizes[i].plain]
+    if sum(sizes[i].live for i in plain) >= (1 if quiet else PLAIN_ROWS_MAX):
+        return _up_to(sizes, plain, budget.rows_max)
     if quiet:
         return _too_small(sizes, every, budget.rows_max, _QUIET_WEIGHT) or [i for i in every if sizes[i].hurried][:1]
-    plain = [i for i in every if sizes[i].plain]
-    if sum(sizes[i].live for i in plain) >= PLAIN_ROWS_MAX:
-        return _up_to(sizes, plain, budget.rows_max)
     return _too_small(sizes, [i for i in every if not sizes[i].plain], budget.rows_max, _STREAMING_WEIGHT)
 
 
