@@ -25,7 +25,7 @@ SERVER_PACKAGE = "nvidia-pytriton==0.7.0"
 # For face_embedder; the weights are found in the environment of the tests and named by their folder.
 EMBEDDER_PACKAGES = ("dlib-bin==20.0.1.post1", "pillow>=11")
 # So that the laws which need no server can be tried with that environment's numpy as well.
-TEST_PACKAGES = ("hypothesis", "psutil", "pytest", "pytest-asyncio", "pytest-timeout")
+TEST_PACKAGES = ("hypothesis", "prometheus-client", "psutil", "pytest", "pytest-asyncio", "pytest-timeout")
 GLIBC_LEAST = (2, 35)
 
 
