@@ -31,7 +31,7 @@ from matcher_service.client import (
     error_for,
 )
 from matcher_service.errors import InvalidInput, MatcherError
-from matcher_service.template_files import Rows, TemplateFile
+from matcher_service.template_files import QUALITY, QUALITY_PARTS, Rows, TemplateFile
 from matcher_service.terms import Cause, Grounds, Int64, SpaceId
 
 BLOCK_ROWS = 1000
@@ -172,7 +172,7 @@ class Import:
         self._file = file
         self._space = space
         self._grounds = grounds or Grounds()
-        self._numbers = tuple(one for one in ("expires_at_ms", "review_by_ms") if file.has(one))
+        self._numbers = tuple(one for one in ("expires_at_ms", "review_by_ms", QUALITY) if file.has(one))
         self._progress_file = progress_file or ProgressFile.beside(file.path, gallery_id)
         self._on_bad_row = on_bad_row
         self._on_progress = on_progress
@@ -231,6 +231,7 @@ class Import:
             reference_ids = [reference_ids[offset] for offset in good.tolist()]
             subject_ids = [subject_ids[offset] for offset in good.tolist()]
         expires, reviews = rows.numbers.get("expires_at_ms"), rows.numbers.get("review_by_ms")
+        qualities = rows.numbers.get(QUALITY)
         references = References(
             gallery_id=self.progress.gallery_id,
             space=self._space,
@@ -241,9 +242,11 @@ class Import:
             replace=self.progress.replace,
             idempotency_key=self.progress.key(number),
             message_id=str(number),
-            grounds=self._grounds
-            if reviews is None
-            else dataclasses.replace(self._grounds, reviews_by_ms=tuple(reviews[good].tolist())),
+            grounds=dataclasses.replace(
+                self._grounds,
+                reviews_by_ms=() if reviews is None else tuple(reviews[good].tolist()),
+                qualities=() if qualities is None else tuple((qualities[good] / QUALITY_PARTS).tolist()),
+            ),
         )
         return references, _Block(number, rows.first_row + good, len(good), refused)
 

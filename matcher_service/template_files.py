@@ -23,6 +23,9 @@ from matcher_service.errors import InvalidInput
 from matcher_service.terms import Cause, Int64
 
 ID_BYTES_MAX = 128
+QUALITY = "quality"
+"""A column of numbers from 0 to 1, read as whole QUALITY_PARTS like the other columns of numbers."""
+QUALITY_PARTS = 10_000
 _DIGEST_ROWS = 65_536
 _FLOATS: dict[str, np.dtype[Any]] = {"e": np.dtype("<f2"), "f": np.dtype("<f4"), "d": np.dtype("<f4")}
 
@@ -96,6 +99,11 @@ def _text_column(rows: Rows, column: str, values: list[str | None]) -> None:
         if fault is not None:
             rows.faults.setdefault(offset, fault)
     rows.texts[column] = [value or "" for value in values]
+
+
+def in_parts(qualities: NDArray[Any]) -> Int64:
+    """Qualities, from 0 to 1, as whole numbers of QUALITY_PARTS; unknown ones become 0."""
+    return np.round(np.nan_to_num(qualities.astype(np.float64)) * QUALITY_PARTS).astype(np.int64)
 
 
 def _number_column(rows: Rows, column: str, values: Int64, missing: NDArray[np.bool_]) -> None:
@@ -222,6 +230,8 @@ class NpzTemplates:
                     _text_column(rows, column, self._texts(column, begin, end))
                 for column in numbers:
                     values = self._column(column)[begin:end]
+                    if column == QUALITY and values.dtype.kind == "f":
+                        values = in_parts(values)
                     if values.dtype.kind not in "iu":
                         raise InvalidInput(f"{column} is {values.dtype}", field=column, hint="save whole numbers")
                     _number_column(rows, column, values.astype(np.int64), np.zeros(end - begin, np.bool_))
@@ -354,6 +364,9 @@ def _parquet_numbers(column: Any, name: str) -> tuple[Int64, NDArray[np.bool_]]:
     kind = column.type
     if kinds.is_timestamp(kind):
         column = column.cast(pyarrow.timestamp("ms", tz=kind.tz), safe=False).cast(pyarrow.int64())
+    elif name == QUALITY and kinds.is_floating(kind):
+        values = column.cast(pyarrow.float64()).to_numpy()
+        return in_parts(values), np.isnan(values)
     elif not kinds.is_integer(kind):
         raise InvalidInput(f"{name} is {kind}", field=name, hint="write whole milliseconds since 1970, or a timestamp")
     missing = column.is_null().to_numpy()

@@ -57,6 +57,16 @@ def export_subject(
     (print_json if as_json else print_fields)(held)
 
 
+def impact_assessment(
+    http: Http = HTTP_URL,
+    token_file: TokenFile = None,
+    ca_file: CaFile = None,
+) -> None:
+    """The inputs of an impact assessment: galleries and their terms, clocks, ceilings, who may do what; as JSON."""
+    with api_to(http, token_file, ca_file) as api:
+        print_json(api.get(path_of("impact-assessment")))
+
+
 @holds.command("place")
 def place_hold(
     subject_id: str,

@@ -34,8 +34,8 @@ def import_references(
     file: Annotated[
         Path,
         typer.Argument(
-            help="An .npz or .parquet file: templates, reference_ids, subject_ids, and optionally expires_at_ms and "
-            "review_by_ms."
+            help="An .npz or .parquet file: templates, reference_ids, subject_ids, and optionally expires_at_ms, "
+            "review_by_ms and quality."
         ),
     ],
     replace: Annotated[bool, typer.Option("--replace", help="Replace live references of the same id.")] = False,

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import HTMLResponse, Response
 from pydantic import Field
 
-from matcher_service import deployment_report, grounds, policy, processing, records
+from matcher_service import deployment_report, grounds, impact_assessment, policy, processing, records
 from matcher_service.errors import InvalidInput, NotFound
 from matcher_service.gateway import decode, decode_json
 from matcher_service.gateway.http_exchange import actor_of, documented, json_response, read_body, require_json
@@ -159,6 +159,15 @@ def router(service: Service, alerts: AlertRecords, holds: LegalHolds) -> APIRout
         counts = await alerts.counts(records.authority_name(deployment_id, ""))
         made = deployment_report.build(deployment, entries, counts, service.clock.wall_ms())
         return HTMLResponse(deployment_report.page(made)) if query.form == "html" else json_response(made)
+
+    @routes.get("/v1/impact-assessment", tags=["operation"])
+    async def export_assessment(request: Request, query: Annotated[NoQuery, Query()]) -> Response:
+        """The inputs of an impact assessment (section 64): galleries, their terms, clocks, ceilings, who may what."""
+        policy.require_every_gallery(actor_of(request))
+        shown = (one for family in service.metrics.references_live.collect() for one in family.samples)
+        live = {one.labels["gallery"]: int(one.value) for one in shown}
+        storage, now_ms = service.settings.storage, service.clock.wall_ms()
+        return json_response(impact_assessment.inputs(catalogue, storage, live, now_ms))
 
     return routes
 

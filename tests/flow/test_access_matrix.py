@@ -208,6 +208,7 @@ HTTP: dict[str, Row] = {
     "place_hold": Row("A", "POST", "/v1/holds", "gallery", hold_body, own=201),
     "list_holds": Row("AU", "GET", "/v1/holds", persons=403),
     "release_hold": Row("A", "POST", "/v1/holds/none/release", body=lambda _: REASON, own=404),
+    "export_assessment": Row("AU", "GET", "/v1/impact-assessment", persons=403),
     "report_deployment": Row("OAU", "GET", "/v1/deployments/{}/report", "deployment"),
     "register_space": Row("M", "POST", "/v1/spaces", body=space_body, own=201),
     "list_spaces": Row(EVERYONE, "GET", "/v1/spaces"),

@@ -110,6 +110,22 @@ def test_the_whole_of_an_operation_from_the_command_line(shell: Shell, tmp_path:
     code, _, err = shell("watchlists", "approve", "wanted", "--approved-by=dc hall", "--reason=checked")
     assert (code, "cannot approve it" in err) == (1, True)
     assert shell.json("watchlists", "approve", "wanted", "--approved-by=Supt. Gray", "--reason=checked")["approved"]
+    shell.json("galleries", "create", "good", "--kind=custody", "--quality-min=0.5", *GALLERY)
+    for path in (tmp_path / "good.npz", tmp_path / "good.parquet"):
+        named, quality = [f"{path.suffix[1:]}{row}" for row in range(3)], np.array([0.4, 0.5, 0.9], np.float32)
+        if path.suffix == ".npz":
+            np.savez(path, templates=templates[:3], reference_id=np.array(named), subject_id=np.array(named),
+                     quality=quality)  # fmt: skip
+        else:
+            values = {
+                "reference_id": named,
+                "subject_id": named,
+                "quality": quality,
+                "template": templates[:3].tolist(),
+            }
+            pq.write_table(pa.table(values), path)
+        code, out, err = shell("import", "good", str(path))
+        assert (code, "2 enrolled, 1 refused" in out, "LOW_QUALITY" in err) == (1, True, True)
     review = ("--review=+20d", "--reviewed-by=Sgt. Low", "--reason=charged")
     shell.json("references", "review", "custody", "r007", *review)
     assert shell.json("references", "show", "custody", "r007")["source"] == "records of a force"
@@ -173,7 +189,7 @@ def test_the_whole_of_an_operation_from_the_command_line(shell: Shell, tmp_path:
     # Its watchlist went with the deployment.
     code, _, err = shell("galleries", "delete", "wanted", "--reason=over", "--yes")
     assert (code, "UNKNOWN_GALLERY" in err) == (1, True)
-    assert [one["gallery_id"] for one in shell.json("galleries", "list")["galleries"]] == ["custody"]
+    assert [one["gallery_id"] for one in shell.json("galleries", "list")["galleries"]] == ["custody", "good"]
 
     # The audit holds, and what an earlier checkpoint covers is in it still; it can be checked without the service.
     kept, exported = tmp_path / "checkpoint", tmp_path / "audit"

@@ -82,6 +82,21 @@ async def test_a_legal_hold_pauses_erasure_and_never_restores_searchability(tmp_
         assert (await hold(it, 400, hold_id="h2", review_by_ms=far))["field"] == "review_by_ms"
 
 
+async def test_the_inputs_of_an_impact_assessment_are_told_and_name_nobody(tmp_path: Path) -> None:
+    """Data Protection Act 2018, section 64."""
+    async with operation(tmp_path, review_interval_ms=20 * DAY_MS) as it:
+        told = await it.ask("GET", "impact-assessment")
+        (gallery,) = told["galleries"]
+        assert (gallery["review_interval_ms"], gallery["calibrated"]) == (20 * DAY_MS, None)
+        assert told["clocks"]["alerts_kept_d"] == 31
+        assert told["clocks"]["probes_without_an_alert_kept"] == 0
+        assert set(told["processing"].values()) == {
+            "collection", "alteration", "consultation", "disclosure", "combination", "erasure",
+        }  # fmt: skip
+        assert told["who_may"]["adjudicate_alert"] == ["adjudicator"]
+        assert not any(name in str(told) for name in ("r0", "s0"))
+
+
 async def test_a_restored_database_does_not_bring_back_who_was_withdrawn_since(tmp_path: Path) -> None:
     """The erasure ledger stands outside the database, names nobody, and is obeyed before anything is searched."""
     async with operation(tmp_path) as it:
