@@ -122,6 +122,21 @@ def test_a_buffer_that_one_tile_could_overflow_is_refused() -> None:
         pool(survivors=ROOM - 1, tile_for=lambda _: FINE)
 
 
+@pytest.mark.parametrize(
+    ("probes", "shared_bytes", "shape"),
+    [
+        (1, 232_448, kernel.FEW),
+        (16, 101_376, kernel.FEW),
+        (17, 232_448, kernel.SOME),
+        (65, 232_448, kernel.MANY),
+        (4096, 166_912, kernel.MANY),
+        (4096, 101_376, kernel.SOME),
+    ],
+)
+def test_the_shape_suits_the_batch_and_the_device(probes: int, shared_bytes: int, shape: kernel.Tile) -> None:
+    assert kernel.tile_for(probes, shared_bytes) == shape
+
+
 @pytest.mark.skipif(not REAL, reason="shapes for a GPU are too slow in the interpreter")
 @pytest.mark.parametrize("probes", [1, 16, 17, 64, 65, 300])
 def test_the_shapes_for_this_gpu_agree_with_plain_integers(probes: int) -> None:

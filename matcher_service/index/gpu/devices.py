@@ -62,6 +62,13 @@ class Device:
         """So many bytes of int8, not initialised."""
         return torch.empty(size, dtype=torch.int8, device=self.torch)
 
+    def tile_for(self, probes: int) -> kernel.Tile:
+        """The kernel's shape for so many probes."""
+        if self.torch.type == "cpu":
+            return kernel.tile_for(probes, 1 << 20)
+        held = torch.cuda.get_device_properties(self.torch).shared_memory_per_block_optin
+        return kernel.tile_for(probes, int(held))
+
     def free_bytes(self) -> int:
         """How much of the device's memory may be taken for codes."""
         if self.torch.type == "cpu":

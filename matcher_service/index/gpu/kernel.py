@@ -41,6 +41,8 @@ FEW = Tile(rows=64, probes=16, warps=4, stages=3)
 # Beyond: bound by the tensor cores; of 64 or 128 columns an instruction, since one of fewer waits for shared memory.
 SOME = Tile(rows=128, probes=64, warps=8, stages=2)
 MANY = Tile(rows=128, probes=128, warps=8, stages=2)
+# What MANY takes where products come from registers (compute capability 8); on 9 it takes 198 KB, and has 227.
+_MANY_SHARED_BYTES = 140_000
 # A tile of rows is held whole up to this width; of wider rows, so many values are multiplied at a time.
 _HELD_MAX = 512
 _CHUNK = 128
@@ -143,9 +145,11 @@ def filter_rows(
                     tl.store(lost + number, this, mask=number < lost_capacity)
 
 
-def tile_for(probes: int) -> Tile:
-    """The shape for a batch of so many probes."""
-    return FEW if probes <= FEW.probes else SOME if probes <= SOME.probes else MANY
+def tile_for(probes: int, shared_bytes: int) -> Tile:
+    """The shape for a batch of so many probes, on a device whose programs may have so much shared memory."""
+    if probes <= FEW.probes:
+        return FEW
+    return SOME if probes <= SOME.probes or shared_bytes < _MANY_SHARED_BYTES else MANY
 
 
 def width_of(dimension: int) -> int:

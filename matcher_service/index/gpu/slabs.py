@@ -43,8 +43,8 @@ class Extent(NamedTuple):
 
 class SlabPool:
     """The slabs of a device: `codes_bytes` of them in all (0: what is free), and room for so many `survivors` of a
-    launch. `tile_for` gives the kernel's shape for a number of probes. Raises MemoryRefused if the device does not
-    have so much."""
+    launch. `tile_for` gives the kernel's shape for a number of probes (None: the device says). Raises MemoryRefused if
+    the device does not have so much."""
 
     def __init__(
         self,
@@ -53,13 +53,13 @@ class SlabPool:
         *,
         slab_bytes: int = SLAB_BYTES,
         survivors: int = _SURVIVORS,
-        tile_for: Callable[[int], kernel.Tile] = kernel.tile_for,
+        tile_for: Callable[[int], kernel.Tile] | None = None,
     ) -> None:
         self.device = device
         self.slab_bytes = slab_bytes
         self._survivors = survivors
-        self.tile_for = tile_for
-        largest = tile_for(kernel.PROBES_MAX)
+        self.tile_for = tile_for or device.tile_for
+        largest = self.tile_for(kernel.PROBES_MAX)
         if survivors < largest.rows * largest.probes:
             raise ValueError(f"room for {survivors} survivors is less than one tile may have")
         with device.work():
