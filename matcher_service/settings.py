@@ -54,6 +54,12 @@ class StorageSettings(Section):
         60.0, gt=0, le=3600, description="A signed checkpoint of the audit is made this often, if anything was added."
     )
     alert_retention_d: float = Field(31.0, gt=0, le=365, description="Lifetime of an alert record.")
+    backups_destroyed_within_d: float = Field(
+        92.0,
+        gt=0,
+        le=366,
+        description="Age at which a backup of the log is destroyed; the erasure ledger reaches back so far.",
+    )
     audit_detail_retention_d: float = Field(
         731.0, gt=0, le=2192, description="After this the personal detail beside an audit record is erased."
     )

@@ -169,6 +169,7 @@ class SqlGalleryLog:
         self._wipe_pending = False
         self._doomed: set[str] = set()
         self._ledger = ErasureLedger(keyring.directory / "erasures")
+        self._ledger_reach_ms = round(settings.backups_destroyed_within_d * 86_400_000)
         self._news = threading.Lock()
         self._head = 0
         self._newest_at_ms = 0
@@ -399,6 +400,7 @@ class SqlGalleryLog:
 
     def _obey_ledger(self) -> None:
         """In a database that was restored, withdraw again who had been withdrawn since its backup."""
+        self._ledger.drop_before(self._clock.wall_ms() - self._ledger_reach_ms)
         digests, newest = self._ledger.read()
         if newest <= self._head:
             return
