@@ -241,4 +241,4 @@ class Tail:
         )
 
     def bytes_in_memory(self) -> int:
-        return self.rows * ((2 + 4) * self.stored.shape[1] + _TAIL_ROW_OVERHEAD)
+        return self.rows * ((2 + 4) * int(self.stored.shape[1]) + _TAIL_ROW_OVERHEAD)
