@@ -70,19 +70,22 @@ class Farm:
 
 
 @contextmanager
-def farm(environment: ServerEnvironment, servers: Sequence[Shards], *settings: str) -> Iterator[Farm]:
-    """PostgreSQL with an empty gallery log, and one Triton server for each set of shards, all of them ready.
+def farm(environment: ServerEnvironment, servers: Sequence[Shards], *, threads: int = 0) -> Iterator[Farm]:
+    """PostgreSQL with an empty gallery log, and one Triton server for each set of shards, all of them ready. Each
+    shard searches with so many threads; 0: as many as there are cores.
 
     Nothing of it is left afterwards.
     """
     folder = Path(tempfile.mkdtemp(prefix="matcher-cluster-"))
     with ExitStack() as closing:
         closing.callback(shutil.rmtree, folder, ignore_errors=True)
-        made = Farm(folder, closing.enter_context(served_postgres(*settings)))
+        made = Farm(folder, closing.enter_context(served_postgres()))
         made.postgres.create(DATABASE)
         asyncio.run(_make_log(made))
         for number, shards in enumerate(servers):
-            server = ServedTriton(environment, _repository(made, number, shards), folder / f"server-{number}.log")
+            server = ServedTriton(
+                environment, _repository(made, number, shards, threads), folder / f"server-{number}.log"
+            )
             closing.callback(server.kill)
             made.servers.append(server)
         with ThreadPoolExecutor() as at_once:
@@ -90,13 +93,14 @@ def farm(environment: ServerEnvironment, servers: Sequence[Shards], *settings: s
         yield made
 
 
-def _repository(made: Farm, server: int, shards: Shards) -> Path:
+def _repository(made: Farm, server: int, shards: Shards, threads: int) -> Path:
     told = {
         name: {
             "partitions": ranges(partitions),
             "data_dir": str(made.volume(server, name)),
             "keys_dir": str(made.keys_dir),
             "log_url": made.log_url,
+            "threads": str(threads),
         }
         for name, partitions in shards.items()
     }

@@ -648,7 +648,7 @@ def free_ports(count: int) -> list[int]:
 
 async def test_the_demonstration_counts_what_a_lost_server_changes(cluster: Farm, tmp_path: Path) -> None:
     """Nothing went against the promises, and every probe is in its tables."""
-    args = cluster_demo.parse(["--references", "2000", "--probes", "200"])
+    args = cluster_demo.parse(["--references", "2000", "--probes", "200", "--calm", "3"])
     settings = {**cluster.environment(with_a_pair(cluster)), "MATCHER_LOG_LEVEL": "error"}
     with ExitStack() as closing:
         gateways = [closing.enter_context(service(tmp_path / name, settings=settings)) for name in "ab"]
