@@ -124,7 +124,7 @@ class Identify:
 
     async def _answered(self, message: ProbeMessage) -> IdentifyReply:
         plan, judged, now_ms = self._judged(message)
-        self._conduct.admit(message, plan.kinds)
+        self._conduct.admit(message, plan.kinds, plan.custody_first)
         watched = self._live_scores.choose(message)
         with self._admitted(message) as permit:
             await self._replay.reached(message.min_sequence, message.deadline)

@@ -84,6 +84,7 @@ class SearchPlan:
     rank_max: int
     probe_age_ms_max: int | None
     kinds: frozenset[GalleryKind] = frozenset()
+    custody_first: bool = False
 
 
 def plan(message: ProbeMessage, catalogue: Catalogue, now_ms: int) -> SearchPlan:
@@ -120,6 +121,7 @@ def plan(message: ProbeMessage, catalogue: Catalogue, now_ms: int) -> SearchPlan
         rank_max=message.rank_max,
         probe_age_ms_max=authority.probe_age_ms_max if isinstance(authority, Deployment) else None,
         kinds=frozenset(gallery.kind for gallery in galleries),
+        custody_first=isinstance(authority, Case) and _reaches_custody(authority, catalogue),
     )
 
 
@@ -185,11 +187,8 @@ def _require_camera(message: ProbeMessage, authority: Deployment | Case) -> None
 
 def _galleries(message: ProbeMessage, authority: Deployment | Case, catalogue: Catalogue) -> list[Gallery]:
     allowed = [one for one in authority.gallery_ids if message.actor.has_rights_over(one)]
-    named = message.gallery_ids or tuple(
-        gallery_id
-        for gallery_id in allowed
-        if gallery_id not in catalogue.deleted_galleries and _unasked(gallery_id, authority, catalogue)
-    )
+    standing = [one for one in allowed if one not in catalogue.deleted_galleries]
+    named = message.gallery_ids or [one for one in standing if _unasked(one, authority, catalogue)] or standing
     galleries = []
     for gallery_id in sorted(set(named)):
         if gallery_id not in allowed:
@@ -207,18 +206,24 @@ def _galleries(message: ProbeMessage, authority: Deployment | Case, catalogue: C
         galleries.append(gallery)
     if not galleries:
         raise Gone(
-            "no gallery that the authority allows is left to search",
+            "every gallery of the authority has been deleted",
             field="gallery_ids",
             cause=Cause.UNKNOWN_GALLERY,
-            hint="name an immigration gallery to search it, or create an authority over the galleries that exist",
+            hint="create an authority over the galleries that exist",
         )
     return galleries
 
 
 def _unasked(gallery_id: str, authority: Deployment | Case, catalogue: Catalogue) -> bool:
-    """Whether a search that names no gallery goes there: a case's into an immigration gallery only when asked."""
+    """Whether a search that names no gallery goes there: a case's into an immigration gallery only when asked, or where
+    it has no other."""
     gallery = catalogue.galleries.get(gallery_id)
     return isinstance(authority, Deployment) or gallery is None or gallery.kind is not GalleryKind.IMMIGRATION
+
+
+def _reaches_custody(case: Case, catalogue: Catalogue) -> bool:
+    held = (catalogue.galleries.get(one) for one in case.gallery_ids)
+    return any(one is not None and one.kind is GalleryKind.CUSTODY for one in held)
 
 
 def _require_immigration_authority(case: Case) -> None:
@@ -495,7 +500,7 @@ def _judge_case(case: Case, actor: Actor, catalogue: Catalogue, id_bytes_max: in
     kinds = {gallery.kind for gallery in _require_galleries(case.gallery_ids, actor, catalogue)}
     if GalleryKind.IMMIGRATION not in kinds:
         return
-    if GalleryKind.CUSTODY not in kinds:
+    if GalleryKind.CUSTODY not in kinds and actor.person:
         raise InvalidInput(
             "a case over an immigration gallery names no custody gallery",
             field="gallery_ids",

@@ -33,8 +33,9 @@ class Conduct:
         self._climbing = Climbing(clock)
         self._custody_searched: OrderedDict[str, None] = OrderedDict()
 
-    def admit(self, message: ProbeMessage, kinds: Collection[GalleryKind]) -> None:
-        """Judge a message that policy allows, which searches galleries of these kinds.
+    def admit(self, message: ProbeMessage, kinds: Collection[GalleryKind], custody_first: bool) -> None:
+        """Judge a message that policy allows, which searches galleries of these kinds; `custody_first` if it is of a
+        case that has a custody gallery.
 
         Raises Overloaded (OVERLOADED, or COOLING_DOWN after a climb), TooLarge, Conflict (REPLAYED), InvalidInput,
         or Forbidden for an immigration gallery before custody.
@@ -42,11 +43,11 @@ class Conduct:
         actor, count = message.actor, len(message.probe_ids)
         if cooling_s := self._climbing.cooling_s(actor.name):
             raise _cooling_down(cooling_s)
-        if message.case_reference and GalleryKind.IMMIGRATION in kinds:
+        if custody_first and GalleryKind.IMMIGRATION in kinds:
             self._require_custody_first(message.case_reference, kinds)
         if actor.probes_per_s:
             self._probes.take(actor.name, count, actor.probes_per_s)
-        if message.case_reference:
+        if message.case_reference and actor.person:
             per_s = self._settings.case_probes_per_h_max / CASE_BURST_S
             self._case_probes.take(f"case {message.case_reference}", count, per_s)
             self._case_probes.take(f"actor {actor.name}", count, per_s)

@@ -324,6 +324,7 @@ class _Test:
             path_of("cases"),
             {
                 "case_reference": case,
+                "immigration_authority": "an evaluation, which decides nothing about a person",
                 "gallery_ids": [self.gallery],
                 "closes_at_ms": now_ms + _DAY_MS,
                 "requested_by": self.requested_by,

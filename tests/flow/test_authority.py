@@ -25,6 +25,7 @@ from matcher_service.terms import (
     Gallery,
     GalleryKind,
     Outcome,
+    ProbeMessage,
     Scope,
     SpaceId,
 )
@@ -192,6 +193,16 @@ async def test_custody_is_searched_first_and_immigration_only_when_asked_and_cou
             await search(service, "immigration", reference="case-2")
 
 
+async def test_an_evaluation_searches_an_immigration_gallery_alone(tmp_path: Path) -> None:
+    """Nobody is signed in: no person can create such a case."""
+    async with world(tmp_path) as service:
+        alone = case(gallery_ids=("immigration",), immigration_authority="an evaluation")
+        with pytest.raises(InvalidInput):
+            await service.running.service.change(CreateCase(alone), OFFICER)
+        await service.running.service.change(CreateCase(alone), TESTER)
+        assert set((await search(service)).thresholds) == {"immigration"}
+
+
 async def test_a_case_of_the_first_release_does_not_reach_an_immigration_gallery(tmp_path: Path) -> None:
     async with world(tmp_path) as service:
         old = case(immigration_authority="")
@@ -206,14 +217,34 @@ async def test_searching_everyone_is_more_than_a_case_allows(tmp_path: Path) -> 
     async with world(tmp_path, access={"case_probes_per_h_max": 20}) as service:
         await service.running.service.change(CreateCase(case()), OFFICER)
         await service.running.service.change(CreateCase(case(case_reference="case-2")), OFFICER)
-        await search(service, count=15)
+
+        async def ask(person: str, count: int, reference: str = "case-1") -> None:
+            asked = ProbeMessage(
+                actor=Actor(f"person-{person}", frozenset((Scope.OPERATOR,)), person=person),
+                space=SPACE,
+                probe_ids=[f"p{at}" for at in range(count)],
+                templates=np.repeat(ROWS[:1], count, axis=0),
+                captured_at_ms=np.full(count, now_ms()),
+                deployment_id="",
+                case_reference=reference,
+                gallery_ids=(),
+                threshold=None,
+                rank_max=1,
+                min_sequence=0,
+                received_at=time.monotonic(),
+                deadline=time.monotonic() + 30,
+            )
+            await service.running.service.identify(asked)
+
+        await ask("op", 15)
         with pytest.raises(Overloaded) as refused:
-            await search(service, count=10)
+            await ask("op", 10)
         assert (refused.value.retry_after_ms or 0) > 60_000
-        # More cases are no way round: who asks is counted too.
-        with pytest.raises(Overloaded):
-            await search(service, count=10, reference="case-2")
-        await search(service, count=5)
+        # Neither more cases nor more people are a way round: who asks is counted, and so is the case.
+        for person, reference in (("op", "case-2"), ("other", "case-1")):
+            with pytest.raises(Overloaded):
+                await ask(person, 10, reference)
+        await ask("op", 5)
 
 
 async def test_an_authority_that_is_unknown_or_over_is_refused(tmp_path: Path) -> None:
