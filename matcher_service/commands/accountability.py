@@ -61,10 +61,12 @@ def impact_assessment(
     http: Http = HTTP_URL,
     token_file: TokenFile = None,
     ca_file: CaFile = None,
+    as_json: AsJson = False,
 ) -> None:
-    """The inputs of an impact assessment: galleries and their terms, clocks, ceilings, who may do what; as JSON."""
+    """The inputs of an impact assessment: galleries and their terms, clocks, ceilings, who may do what."""
     with api_to(http, token_file, ca_file) as api:
-        print_json(api.get(path_of("impact-assessment")))
+        found = api.get(path_of("impact-assessment"))
+    (print_json if as_json else print_fields)(found)
 
 
 @holds.command("place")
