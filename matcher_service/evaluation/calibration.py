@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from matcher_service.drift import Drift, drift
 from matcher_service.errors import InvalidInput
 from matcher_service.evaluation.comparisons import Comparisons, at_or_above, compare_all, edges
-from matcher_service.drift import Drift, drift
 from matcher_service.evaluation.impostor_tail import ImpostorTail, effective_comparisons, fit_tail, score_table
 from matcher_service.evaluation.intervals import Rate, clopper_pearson, dyadic_variance, few_clusters
 from matcher_service.evaluation.labelled import LabelledSet

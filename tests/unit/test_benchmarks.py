@@ -100,7 +100,8 @@ def test_the_soak_tells_a_leak_from_a_warm_up() -> None:
 
 
 def test_the_soak_answers_rightly_while_streams_and_references_come_and_go() -> None:
-    process = ended("-m", "benchmarks.soak", "--references", "300", "--dimension", "256", "--mated", "0.2", "--seconds", "2", "--warm-up-s", "0", "--every-s", "0.5",
+    gallery = ("--references", "300", "--dimension", "256", "--mated", "0.2")
+    process = ended("-m", "benchmarks.soak", *gallery, "--seconds", "2", "--warm-up-s", "0", "--every-s", "0.5",
                     "--rate", "200", "--clerk-s", "0.1", "--json")  # fmt: skip
     # Two seconds have a slope of their own, which may fail it: that is not what is tested here.
     found = json.loads(process.stdout)

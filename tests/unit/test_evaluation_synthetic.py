@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from matcher_service.demo.data import load_faces
+from matcher_service.drift import drift
 from matcher_service.errors import InvalidInput
 from matcher_service.evaluation import synthetic
 from matcher_service.evaluation.calibration import calibrate
-from matcher_service.drift import drift
 from matcher_service.evaluation.labelled import labelled, load_labelled
 
 SEED = 19795
