@@ -148,7 +148,7 @@ def _threshold(
     asked: float | None, own: float | None, fpir_wanted: float, searches: Searches, space: TemplateSpace
 ) -> float:
     from matcher_service.errors import InvalidInput
-    from matcher_service.evaluation.thresholds import threshold_for
+    from matcher_service.models.promise import threshold_for
 
     if asked is not None:
         if asked < searches.floor:

@@ -25,7 +25,27 @@ QualityMin = Annotated[float, typer.Option(help="Least quality of a reference, f
 ResemblesMax = Annotated[
     int, typer.Option(help="Refuse a reference that resembles more other subjects than this; 0: no check.")
 ]
+Threshold = Annotated[
+    float | None, typer.Option(help="Least score that is a candidate, in [-1, 1]; or --one-false-alert-in.")
+]
+OneFalseAlertIn = Annotated[
+    int,
+    typer.Option(
+        help="At most one of so many unmated probes may alert while --size-max are held: the threshold for which the "
+        "calibration of the space promises this."
+    ),
+]
 Adjudicators = Annotated[int, typer.Option(min=1, max=2, help="People who must judge an alert.")]
+
+
+def _promised(done: dict[str, Any]) -> str:
+    """What a threshold computed for a target promises, in words; "" if it was given."""
+    if "fpir_high" not in done:
+        return ""
+    return (
+        f" Threshold {done['threshold']:.4f}: of unmated probes {done['fpir_estimate']:.2g} alert "
+        f"({done['fpir_low']:.2g} to {done['fpir_high']:.2g}) with {done['references']:,} references."
+    )
 
 
 @galleries.command("list")
@@ -50,7 +70,8 @@ def create_gallery(
     purpose: Annotated[str, typer.Option(help="What it is for.")],
     retention: Annotated[str, typer.Option(help="Longest life of a reference: 12h, 30d, 52w.")],
     space: Annotated[str, typer.Option(help=_SPACE)],
-    threshold: Annotated[float, typer.Option(help="Least score that is a candidate, in [-1, 1].")],
+    threshold: Threshold = None,
+    one_false_alert_in: OneFalseAlertIn = 0,
     review_interval: ReviewInterval = "",
     retention_rule: RetentionRule = "",
     source: Annotated[str, typer.Option(help="Where references come from that do not say.")] = "",
@@ -80,13 +101,14 @@ def create_gallery(
         "retention_ms": duration_ms(retention, "retention"),
         "space": space_from(space)._asdict(),
         "threshold": threshold,
+        "one_false_alert_in": one_false_alert_in,
     }
     with api_to(http, token_file, ca_file) as api:
         done = api.post(path_of("galleries"), body)
     if as_json:
         print_json(done)
     else:
-        typer.echo(f"Created gallery {gallery_id} (sequence {done['sequence']}).")
+        typer.echo(f"Created gallery {gallery_id} (sequence {done['sequence']}).{_promised(done)}")
 
 
 @galleries.command("show")
@@ -198,7 +220,8 @@ def create_watchlist(
     retention: Annotated[str, typer.Option(help="It is destroyed after this at the latest: 12h, 3d.")],
     size_max: Annotated[int, typer.Option(help="How many people its threshold was calibrated for.")],
     space: Annotated[str, typer.Option(help=_SPACE)],
-    threshold: Annotated[float, typer.Option(help="Least score that is a candidate, in [-1, 1].")],
+    threshold: Threshold = None,
+    one_false_alert_in: OneFalseAlertIn = 0,
     quality_min: QualityMin = 0.0,
     resembles_max: ResemblesMax = 0,
     adjudicators: Adjudicators = 1,
@@ -217,6 +240,7 @@ def create_watchlist(
         "retention_ms": duration_ms(retention, "retention"),
         "space": space_from(space)._asdict(),
         "threshold": threshold,
+        "one_false_alert_in": one_false_alert_in,
         "quality_min": quality_min,
         "resembles_max": resembles_max,
         "size_max": size_max,
@@ -228,7 +252,9 @@ def create_watchlist(
     if as_json:
         print_json(done)
     else:
-        typer.echo(f"Built watchlist {gallery_id} (sequence {done['sequence']}); it waits for approval.")
+        typer.echo(
+            f"Built watchlist {gallery_id} (sequence {done['sequence']}); it waits for approval.{_promised(done)}"
+        )
 
 
 @watchlists.command("approve")

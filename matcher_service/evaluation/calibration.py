@@ -14,7 +14,8 @@ from matcher_service.evaluation.comparisons import Comparisons, at_or_above, com
 from matcher_service.evaluation.impostor_tail import ImpostorTail, effective_comparisons, fit_tail, score_table
 from matcher_service.evaluation.intervals import Rate, clopper_pearson, dyadic_variance, few_clusters
 from matcher_service.evaluation.labelled import LabelledSet
-from matcher_service.evaluation.thresholds import Promise, false_non_match_rate, promise, threshold_for
+from matcher_service.evaluation.thresholds import false_non_match_rate
+from matcher_service.models.promise import Promise, promise, threshold_for
 from matcher_service.terms import Float32, Int64, ScoreTable
 
 # Groups are compared at the score that this share of all pairs of different people reaches.

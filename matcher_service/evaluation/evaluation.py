@@ -19,7 +19,7 @@ from matcher_service.evaluation.searches import (
     fpir_curve,
     thresholds,
 )
-from matcher_service.evaluation.thresholds import Promise, promise
+from matcher_service.models.promise import Promise, promise
 from matcher_service.terms import Float64, Int64, ScoreTable
 
 BINS = 80

@@ -221,10 +221,17 @@ def _column(values: list[T]) -> tuple[T, ...]:
     return tuple(values) if any(values) else ()
 
 
-def gallery(data: bytes, author: str = "") -> Gallery:
-    """`author` is who signed in: the author of a watchlist is then that person, whatever the body says."""
+def gallery(data: bytes, author: str = "") -> tuple[Gallery, int]:
+    """The gallery, and of how many unmated probes one may alert (0: its threshold is given; else it is NaN). `author`
+    is who signed in: the author of a watchlist is then that person, whatever the body says."""
     sent = body(GalleryBody, data)
-    return Gallery(
+    if (sent.threshold is None) == (sent.one_false_alert_in == 0):
+        raise InvalidInput(
+            "a gallery needs a threshold or a target for it",
+            field="threshold",
+            hint="give threshold, or one_false_alert_in with size_max",
+        )
+    held = Gallery(
         gallery_id=sent.gallery_id,
         kind=sent.kind,
         controller=sent.controller,
@@ -232,7 +239,7 @@ def gallery(data: bytes, author: str = "") -> Gallery:
         purpose=sent.purpose,
         retention_ms=sent.retention_ms,
         space=_space(sent.space),
-        threshold=sent.threshold,
+        threshold=float("nan") if sent.threshold is None else sent.threshold,
         retention_rule=sent.retention_rule,
         review_interval_ms=sent.review_interval_ms,
         source=sent.source,
@@ -244,6 +251,7 @@ def gallery(data: bytes, author: str = "") -> Gallery:
         if sent.watchlist is None
         else Watchlist(sent.watchlist.deployment_id, tuple(sent.watchlist.categories), author or sent.watchlist.author),
     )
+    return held, sent.one_false_alert_in
 
 
 def threshold_change(data: bytes, gallery_id: str) -> ChangeThreshold:

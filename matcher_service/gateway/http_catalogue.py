@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
@@ -66,8 +67,13 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/galleries", openapi_extra=documented(GalleryBody), tags=["galleries"], status_code=201)
     async def create_gallery(request: Request, query: Annotated[NoQuery, Query()]) -> Response:
         """Create a gallery under one lawful basis, in one registered template space."""
-        gallery = decode_json.gallery(await sent(request), actor_of(request).person)
-        return await changed(CreateGallery(gallery), request, 201, gallery_id=gallery.gallery_id)
+        gallery, one_false_alert_in = decode_json.gallery(await sent(request), actor_of(request).person)
+        told: dict[str, Any] = {"gallery_id": gallery.gallery_id}
+        if one_false_alert_in:
+            promise = policy.promise_of(gallery, one_false_alert_in, catalogue)
+            gallery = dataclasses.replace(gallery, threshold=promise.threshold)
+            told |= dataclasses.asdict(promise)
+        return await changed(CreateGallery(gallery), request, 201, **told)
 
     @routes.get("/v1/galleries", tags=["galleries"])
     async def list_galleries(request: Request, query: Annotated[NoQuery, Query()]) -> Response:

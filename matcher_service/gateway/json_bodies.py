@@ -110,7 +110,15 @@ class GalleryBody(Body):
     purpose: str
     retention_ms: int = Field(ge=1, le=INT64_MAX, description="Longest life of a reference from its enrolment.")
     space: SpaceBody
-    threshold: float = Field(description="Least score, in [-1, 1], that is a candidate.")
+    threshold: float | None = Field(
+        None, description="Least score, in [-1, 1], that is a candidate; this or one_false_alert_in."
+    )
+    one_false_alert_in: int = Field(
+        0,
+        ge=0,
+        description="At most one of so many unmated probes may alert while the gallery holds size_max: the threshold "
+        "is then computed from the calibration of the template space.",
+    )
     retention_rule: str = Field("", description="The rule that the retention and the review interval come from.")
     review_interval_ms: int = Field(0, ge=0, le=INT64_MAX, description="Until a review is due; 0: the retention.")
     source: str = Field("", description="Where references come from that do not say; empty: the controller's records.")

@@ -12,13 +12,8 @@ from matcher_service.evaluation import generalised_pareto as gp
 from matcher_service.evaluation.comparisons import BINS, Comparisons, Tail, at_or_above, compare_all, edges
 from matcher_service.evaluation.generalised_pareto import Pareto
 from matcher_service.evaluation.impostor_tail import fit_tail, score_table
-from matcher_service.evaluation.thresholds import (
-    false_alerts,
-    false_non_match_rate,
-    promise,
-    require_size,
-    threshold_for,
-)
+from matcher_service.evaluation.thresholds import false_alerts, false_non_match_rate
+from matcher_service.models.promise import promise, require_size, threshold_for
 from matcher_service.models.score_calibrator import check_table, false_match_rates
 
 SIMULATIONS = 200

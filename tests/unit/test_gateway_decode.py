@@ -397,12 +397,15 @@ def test_a_gallery_of_an_unknown_kind_is_refused_and_never_dates_itself() -> Non
         "space": SPACE._asdict(),
         "threshold": 0.5,
     }
-    gallery = decode_json.gallery(orjson.dumps(body))
+    gallery, target = decode_json.gallery(orjson.dumps(body))
+    assert target == 0
     assert gallery == Gallery("g", gallery.kind, "c", "l", "p", 5, SPACE, 0.5)
     for more, field in (
         ({"kind": "everyone"}, "kind"),
         ({"created_at_ms": 5}, "created_at_ms"),
         ({"retention_ms": 0}, "retention_ms"),
+        ({"one_false_alert_in": 1000}, "threshold"),
+        ({"threshold": None}, "threshold"),
     ):
         with pytest.raises(InvalidInput) as refused:
             decode_json.gallery(orjson.dumps(body | more))
