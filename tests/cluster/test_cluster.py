@@ -301,6 +301,8 @@ async def test_models_on_triton_change_no_answer(cluster: Farm, served_models: S
         whole_service(tmp_path / "triton", **cluster.sections(one_shard(cluster), models=models)) as other,
     ):
         await prepared(own, name)
+        # Written to the log by hand, without the wait of an acknowledged change.
+        await until(lambda: name in other.running.service.catalogue.galleries)
         head = await enrolled(other.client, name, ids, rows)
         expected = essence(await complete(own.client, name, rows, min_sequence=head))
         assert [candidates[0][1] for _, _, candidates in expected] == ids
