@@ -244,6 +244,7 @@ async def _serving(
     tasks.start("replay", replay.run())
     tasks.start("batcher", batcher.run())
     tasks.start("tallies", tallies.run())
+    tasks.start("sweep", interpreter.sweep())
     for name, work in form.beside.items():
         tasks.start(name, work())
     every_s = settings.storage.audit_checkpoint_every_s

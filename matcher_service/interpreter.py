@@ -3,6 +3,7 @@ comments."""
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import gc
 import sys
@@ -11,6 +12,10 @@ import sys
 # of references is tens of thousands of small objects that die together: with the interpreter's 700 the collector
 # took most of the time of an import, and its pauses fell on searches.
 GARBAGE_LOOKS = (100_000, 20, 50)
+
+# Counted so, a service without imports never looks at all. What is left of a closed stream refers to itself: a few tens
+# of kilobytes, and its socket, for each. A look at everything that came since the start takes milliseconds.
+GARBAGE_EVERY_S = 20.0
 
 # How long a thread that only runs Python may keep the interpreter from one that waits for it. A search asks for it
 # back dozens of times, after each piece of arithmetic; with the interpreter's 5 ms it stood still during an import.
@@ -34,3 +39,10 @@ def tune() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
+
+
+async def sweep() -> None:
+    """Look at all garbage every so often, until cancelled."""
+    while True:
+        await asyncio.sleep(GARBAGE_EVERY_S)
+        gc.collect()
