@@ -13,8 +13,8 @@ import sys
 # took most of the time of an import, and its pauses fell on searches.
 GARBAGE_LOOKS = (100_000, 20, 50)
 
-# Counted so, a service without imports never looks at all. What is left of a closed stream refers to itself: a few tens
-# of kilobytes, and its socket, for each. A look at everything that came since the start takes milliseconds.
+# Counted so, a service without imports hardly ever looks. What is left of closed streams refers to itself, sockets too;
+# open files crept up. A look at everything that came since the start takes milliseconds.
 GARBAGE_EVERY_S = 20.0
 
 # How long a thread that only runs Python may keep the interpreter from one that waits for it. A search asks for it
