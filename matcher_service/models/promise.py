@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from matcher_service.errors import Conflict
 from matcher_service.models.score_calibrator import (
     false_match_rate_for_fpir,
     false_match_rates,
@@ -59,17 +58,6 @@ def promise(table: ScoreTable, threshold: float, fpir_wanted: float, references:
         fpir_high=float(fpir(high, references)),
         references_max=int(most * (1.0 + 1e-9)),
     )
-
-
-def require_size(promised: Promise, references: int) -> None:
-    """Raises Conflict if a gallery of so many references has outgrown what its threshold was calibrated for."""
-    if references > promised.references_max:
-        raise Conflict(
-            f"{references:,} references exceed the {promised.references_max:,} for which threshold "
-            f"{promised.threshold:.4f} promises an FPIR of at most {promised.fpir_wanted:.3g}",
-            field="references",
-            hint="raise the threshold for this size, calibrate on more comparisons, or hold fewer references",
-        )
 
 
 def _between(table: ScoreTable, rates: tuple[float, ...], threshold: float) -> float:

@@ -7,13 +7,13 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import beta
 
-from matcher_service.errors import Conflict, InvalidInput
+from matcher_service.errors import InvalidInput
 from matcher_service.evaluation import generalised_pareto as gp
 from matcher_service.evaluation.comparisons import BINS, Comparisons, Tail, at_or_above, compare_all, edges
 from matcher_service.evaluation.generalised_pareto import Pareto
 from matcher_service.evaluation.impostor_tail import fit_tail, score_table
 from matcher_service.evaluation.thresholds import false_alerts, false_non_match_rate
-from matcher_service.models.promise import promise, require_size, threshold_for
+from matcher_service.models.promise import promise, threshold_for
 from matcher_service.models.score_calibrator import check_table, false_match_rates
 
 SIMULATIONS = 200
@@ -292,13 +292,12 @@ def test_calibrated_thresholds_hold_on_unmated_probes_that_took_no_part(referenc
     assert low <= observed <= high
 
 
-def test_a_gallery_that_outgrows_its_calibration_is_refused(tail_of_20_million):
+def test_a_promise_holds_up_to_the_size_that_it_names_and_no_further(tail_of_20_million):
     table = score_table(tail_of_20_million, "simulated")
     promised = threshold_for(table, 0.01, 5_000)
     assert 5_000 <= promised.references_max < 5_600
-    require_size(promised, 5_000)
-    with pytest.raises(Conflict, match="exceed"):
-        require_size(promised, promised.references_max + 1)
+    assert promise(table, promised.threshold, 0.01, promised.references_max).fpir_high <= 0.01 * (1 + 1e-8)
+    assert promise(table, promised.threshold, 0.01, promised.references_max + 1).fpir_high > 0.01
 
 
 def test_a_lower_threshold_promises_a_higher_rate(tail_of_20_million):
