@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import sqlite3
 from collections.abc import AsyncIterator
@@ -260,9 +261,10 @@ async def test_the_service_signs_its_audit_by_itself_and_on_demand(tmp_path: Pat
         proofs = service.running.service.proofs
         assert proofs is not None
         await service.space(8)
-        while not (made := await proofs.checkpoints(1)):
-            pass
-        assert service.running.service.metrics.audit_checkpoint._value.get() > 0
+        # The gauge is set after the checkpoint is stored.
+        while not service.running.service.metrics.audit_checkpoint._value.get():
+            await asyncio.sleep(0.01)
+        made = await proofs.checkpoints(1)
         base = f"http://127.0.0.1:{service.running.http_port}/v1/audit"
         async with httpx.AsyncClient(headers={"Authorization": f"Bearer {service.running.token}"}) as http:
             asked = (await http.post(f"{base}/checkpoints")).json()

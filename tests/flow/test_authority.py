@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -208,7 +209,8 @@ async def test_a_case_of_the_first_release_does_not_reach_an_immigration_gallery
         old = case(immigration_authority="")
         (receipt,) = await service.running.service.log.append([CreateCase(old)], TESTER)
         assert not isinstance(receipt, MatcherError)
-        await service.ask(SPACE, ROWS[:1], case_reference="case-1", min_sequence=receipt.sequence)
+        while "case-1" not in service.running.service.catalogue.cases:
+            await asyncio.sleep(0.01)
         with pytest.raises(Forbidden, match="no authority for an immigration gallery"):
             await search(service, "immigration")
 
