@@ -44,6 +44,19 @@ class VerifiedExport:
     details_erased: int
 
 
+@dataclass(frozen=True, slots=True)
+class VerifiedProof:
+    """What a single proof shows, all of it under `checkpoint`: that audit record `index` is covered, or (`index` 0)
+    that the first `older` records are those of the checkpoint kept elsewhere. `tied`: the checkpoint kept elsewhere is
+    the very one that covers; `key_known`: it is signed by a key that is known from elsewhere."""
+
+    index: int
+    older: int
+    checkpoint: Checkpoint
+    tied: bool
+    key_known: bool
+
+
 def signed_checkpoint(size: int, root: bytes, at_ms: int, key: bytes, sign: Sign) -> Checkpoint:
     unsigned = Checkpoint(size, root.hex(), at_ms, key.hex(), "")
     return dataclasses.replace(unsigned, signature=sign(_text(unsigned)).hex())
@@ -104,6 +117,81 @@ def verify_export(lines: Iterable[bytes], kept: Checkpoint | None = None, key: s
     if export.detail_due_ms > end.at_ms:
         raise _damaged(f"audit record {export.detail_due_index}: its detail is gone before its time")
     return VerifiedExport(index, head, end, kept.size if kept else 0, bool(export.keys), export.details_erased)
+
+
+def verify_proof(
+    answer: bytes, record: bytes | None = None, kept: Checkpoint | None = None, key: str = ""
+) -> VerifiedProof:
+    """Check what /v1/audit/proofs/inclusion or /consistency answered, with what the verifier holds.
+
+    An inclusion proof needs the `record` (JSON, as in an export or in /v1/audit), every byte of which is hashed again;
+    a consistency proof needs the `kept` checkpoint whose size was asked for. `key` as in `verify_export`. Raises
+    InvalidInput for what is no proof or is not enough to check it, DataDamaged if it does not prove what it says.
+    """
+    try:
+        found = json.loads(answer)
+        checkpoint = decode_checkpoint(audit.canonical(found["checkpoint"]))
+        index, older = int(found.get("index", 0)), int(found.get("older", 0))
+        proof = [bytes.fromhex(one) for one in found["proof"]]
+        if (index > 0) == (older > 0):
+            raise ValueError("it names neither a record nor an earlier checkpoint")
+    except (AttributeError, KeyError, TypeError, ValueError) as unfit:
+        raise InvalidInput(
+            f"this is no proof: {unfit}", field="proof", hint="as /v1/audit/proofs/inclusion or /consistency answers"
+        ) from unfit
+    known = {one for one in (key.lower(), kept.key if kept else "") if one}
+    if known and checkpoint.key not in known:
+        raise _damaged("the proof's checkpoint is not signed by the key known: verify an export, which shows handovers")
+    size, tree_root = checkpoint.size, bytes.fromhex(checkpoint.root)
+    if index:
+        leaf = _leaf_of(record, index)
+        proves = merkle.verify_inclusion(leaf, index - 1, size, proof, tree_root)
+        tied = kept is not None and (kept.size, kept.root) == (checkpoint.size, checkpoint.root)
+        if kept is not None and kept.size == size and not tied:
+            raise _damaged(f"the checkpoint kept elsewhere has another root for the same {size} records")
+    else:
+        if kept is None or kept.size != older:
+            raise InvalidInput(
+                f"the proof is of the checkpoint of {older} records",
+                field="checkpoint",
+                hint="give the checkpoint of that size, which was kept elsewhere",
+            )
+        tied = proves = merkle.verify_consistency(older, size, bytes.fromhex(kept.root), tree_root, proof)
+    if not proves:
+        what = f"audit record {index} is not covered" if index else "the checkpoint kept elsewhere is no past state"
+        raise _damaged(f"{what} by what the proof shows")
+    return VerifiedProof(index, older, checkpoint, tied, bool(known))
+
+
+def _leaf_of(record: bytes | None, index: int) -> bytes:
+    """Hash of the record that an inclusion proof is of."""
+    if record is None:
+        raise InvalidInput(
+            f"the proof is of audit record {index}, which is not given",
+            field="record",
+            hint="give the record as a file: its line of an export",
+        )
+    try:
+        found = json.loads(record)
+        leaf = audit.leaf_hash(found)
+        digest = audit.detail_digest(bytes.fromhex(found.get("salt") or ""), _detail_of(found))
+    except (AttributeError, KeyError, TypeError, ValueError) as unfit:
+        raise InvalidInput(
+            f"this is no audit record: {unfit}", field="record", hint="give one line of an export"
+        ) from unfit
+    if found["index"] != index:
+        raise InvalidInput(
+            f"this is audit record {found['index']}, and the proof is of {index}",
+            field="record",
+            hint="give the record that the proof was asked for",
+        )
+    if found.get("detail") is not None and digest != found["detail_digest"]:
+        raise _damaged(f"audit record {index}: its detail is not the one that was recorded")
+    return bytes.fromhex(leaf)
+
+
+def _detail_of(record: Mapping[str, Any]) -> bytes:
+    return b"" if record.get("detail") is None else audit.canonical(record["detail"])
 
 
 class _Export:

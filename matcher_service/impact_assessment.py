@@ -42,6 +42,7 @@ def inputs(catalogue: Catalogue, storage: StorageSettings, live: Mapping[str, in
             "deployment": policy.DEPLOYMENT_MS_MAX,
             "case": policy.CASE_MS_MAX,
             "age_of_a_live_probe": policy.PROBE_AGE_MS_MAX,
+            "alert": policy.ALERT_RETENTION_MS_MAX,
         },
         "processing": {action: operation.value for action, operation in processing.OPERATIONS.items()},
         "who_may": {verb: sorted(one.value for one in scopes) for verb, scopes in sorted(HTTP_VERBS.items())},

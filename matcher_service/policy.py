@@ -65,6 +65,7 @@ CASE_MS_MAX = 365 * 86_400_000
 PROBE_AGE_MS_MAX = 3_600_000
 EDGE_PROBES_PER_S_MAX = 100_000
 PROPOSAL_MS_MAX = 7 * 86_400_000
+ALERT_RETENTION_MS_MAX = 365 * 86_400_000
 
 # More references than this in one withdrawal, or of one person in an hour, are a bulk withdrawal.
 BULK_WITHDRAWAL_REFERENCES = 100
@@ -477,6 +478,12 @@ def _judge_deployment(
             f"{deployment.probe_age_ms_max} is not between 1 and {PROBE_AGE_MS_MAX}",
             field="probe_age_ms_max",
             hint="say how old a live probe may be",
+        )
+    if not 0 <= deployment.alert_retention_ms <= ALERT_RETENTION_MS_MAX:
+        raise InvalidInput(
+            f"{deployment.alert_retention_ms} is not between 0 and {ALERT_RETENTION_MS_MAX}",
+            field="alert_retention_ms",
+            hint="say how long its alerts live, or leave it out for as long as the settings say",
         )
     _require_unused(deployment.deployment_id, catalogue.deployments, "deployment_id")
     for gallery in _require_galleries(deployment.gallery_ids, actor, catalogue):

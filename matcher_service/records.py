@@ -213,6 +213,7 @@ def deployment_dict(deployment: Deployment) -> dict[str, Any]:
         "legal_authority": deployment.legal_authority,
         "necessity": deployment.necessity,
         "threshold": deployment.threshold,
+        "alert_retention_ms": deployment.alert_retention_ms,
     }
 
 
@@ -235,6 +236,7 @@ def decode_deployment(record: bytes) -> Deployment:
         legal_authority=found.get("legal_authority", ""),
         necessity=found.get("necessity", ""),
         threshold=found.get("threshold"),
+        alert_retention_ms=found.get("alert_retention_ms", 0),
     )
 
 

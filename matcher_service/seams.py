@@ -144,7 +144,7 @@ class GalleryLog(Protocol):
         ...
 
     async def alerts(self, deployment_id: str, before: str, limit: int) -> list[Alert]:
-        """Recorded alerts, newest first; deployment_id "": of all."""
+        """Recorded alerts that are within their lifetime, newest first; deployment_id "": of all."""
         ...
 
     async def audit(self, after: int, limit: int) -> list[dict[str, object]]:
@@ -167,7 +167,7 @@ class AlertRecords(Protocol):
     """What becomes of alerts after they were raised, and the counters of those who raised them."""
 
     async def alert(self, alert_id: str) -> Alert:
-        """Raises NotFound if it never was or has been erased."""
+        """Raises NotFound if it never was, has outlived its time, or has been erased."""
         ...
 
     async def adjudicate(
@@ -197,6 +197,11 @@ class LegalHolds(Protocol):
 
     async def holds(self) -> list[LegalHold]:
         """All there were, by id."""
+        ...
+
+    async def kept(self, subject_id: str) -> tuple[list[Reference], list[Alert]]:
+        """What is still stored of a subject and is out of use: references that were withdrawn or have expired, and
+        alerts that outlived their time under a hold. For who answers to the person or to a court."""
         ...
 
 

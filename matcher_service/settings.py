@@ -53,7 +53,9 @@ class StorageSettings(Section):
     audit_checkpoint_every_s: float = Field(
         60.0, gt=0, le=3600, description="A signed checkpoint of the audit is made this often, if anything was added."
     )
-    alert_retention_d: float = Field(31.0, gt=0, le=365, description="Lifetime of an alert record.")
+    alert_retention_d: float = Field(
+        31.0, gt=0, le=365, description="Lifetime of an alert, where its deployment says none."
+    )
     backups_destroyed_within_d: float = Field(
         92.0,
         gt=0,

@@ -222,6 +222,7 @@ class Deployment:
     """An authorised live operation: which galleries, where, from when to when, on whose authority, and why.
 
     `cameras` empty: any; otherwise each message names one of them. `threshold` raises those of the galleries.
+    `alert_retention_ms` is how long its alerts live, 0: as long as the settings say.
     """
 
     deployment_id: str
@@ -238,6 +239,7 @@ class Deployment:
     legal_authority: str = ""
     necessity: str = ""
     threshold: float | None = None
+    alert_retention_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,9 @@ def create_deployment(
         list[str] | None, typer.Option(help="A camera it is authorised for; repeat. Without: any.")
     ] = None,
     threshold: Annotated[float | None, typer.Option(help="Raises the galleries' thresholds.")] = None,
+    alert_retention: Annotated[
+        str, typer.Option(help="How long its alerts live, like 24h. Without: as the service is set.")
+    ] = "",
     rank_max: RankMax = 10,
     http: Http = HTTP_URL,
     token_file: TokenFile = None,
@@ -58,6 +61,7 @@ def create_deployment(
         "cameras": camera or [],
         "threshold": threshold,
         "rank_max": rank_max,
+        "alert_retention_ms": duration_ms(alert_retention, "alert_retention") if alert_retention else 0,
     }
     if opens != "now":  # left out, the service's own clock says
         body["opens_at_ms"] = time_ms(opens, "opens", now_ms)

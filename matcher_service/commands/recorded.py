@@ -240,6 +240,79 @@ def _write(file: Path, lines: Iterable[bytes]) -> None:
         ) from error
 
 
+@audit.command("prove")
+def prove(
+    index: Annotated[int, typer.Option(min=0, help="Prove that this record is covered by the newest checkpoint.")] = 0,
+    older: Annotated[
+        int, typer.Option(min=0, help="Prove that the checkpoint of so many records is its past state.")
+    ] = 0,
+    file: Annotated[Path | None, typer.Option("--out", help="File to write the proof to, for verify-proof.")] = None,
+    http: Http = HTTP_URL,
+    token_file: TokenFile = None,
+    ca_file: CaFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fetch a single proof of the audit: with --index of a record, with --older of an earlier checkpoint."""
+    import json
+
+    from matcher_service.errors import InvalidInput
+
+    if (index > 0) == (older > 0):
+        raise InvalidInput("one thing is proved at a time", field="index", hint="give --index or --older")
+    with api_to(http, token_file, ca_file) as api:
+        if index:
+            made = api.get(path_of("audit", "proofs", "inclusion"), index=index)
+        else:
+            made = api.get(path_of("audit", "proofs", "consistency"), older=older)
+    if file is not None:
+        _write(file, [json.dumps(made, sort_keys=True, separators=(",", ":")).encode() + b"\n"])
+    if as_json or file is None:
+        print_json(made)
+    else:
+        typer.echo(f"A proof under the checkpoint of {made['checkpoint']['size']} records, written to {file}.")
+
+
+@audit.command("verify-proof")
+def verify_proof(
+    proof: Annotated[Path, typer.Argument(help="What /v1/audit/proofs/inclusion or /consistency answered.")],
+    record: Annotated[
+        Path | None, typer.Option(help="For an inclusion proof: the record, as its line of an export.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A checkpoint kept elsewhere; a consistency proof is of it.")
+    ] = None,
+    key: Annotated[str, typer.Option(help="The public signing key, hexadecimal, if no checkpoint is at hand.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Check a single proof of the audit, without the service: that a record is covered, or that nothing of a checkpoint
+    kept elsewhere has changed."""
+    from dataclasses import asdict
+
+    from matcher_service import audit_proofs
+    from matcher_service.errors import InvalidInput
+
+    try:
+        kept = audit_proofs.decode_checkpoint(checkpoint.read_bytes()) if checkpoint else None
+        told = record.read_bytes() if record else None
+        shown = audit_proofs.verify_proof(proof.read_bytes(), told, kept, key)
+    except OSError as error:
+        raise InvalidInput(
+            f"cannot read {error.filename}: {error.strerror}", field="file", hint="check the path"
+        ) from error
+    if as_json:
+        print_json({"proved": True, **asdict(shown)})
+        return
+    made = f"the checkpoint of {shown.checkpoint.size} records, root {shown.checkpoint.root}"
+    if shown.index:
+        typer.echo(f"Proved: audit record {shown.index} is as it was recorded, and covered by {made}.")
+        if not shown.tied:
+            typer.echo("That it is a later state of one you kept takes a consistency proof.")
+    else:
+        typer.echo(f"Proved: the first {shown.older} records are those of the checkpoint kept elsewhere, under {made}.")
+    if not shown.key_known:
+        typer.echo(f"Signed by {shown.checkpoint.key}: compare it with the key you know, or give --checkpoint.")
+
+
 @audit.command("verify")
 def verify_audit(
     file: Annotated[

@@ -24,14 +24,15 @@ class SqlAlertRecords:
         self._log = log
 
     async def alert(self, alert_id: str) -> Alert:
-        return await self._log.query(lambda connection: self._read(connection, alert_id)[0])
+        now_ms = self._log.now_ms()
+        return await self._log.query(lambda connection: self._read(connection, alert_id, now_ms)[0])
 
     async def adjudicate(
         self, alert_id: str, verdict: Verdict, by: str, reason: str, evidence_reference: str, actor: Actor
     ) -> Alert:
         def work(transaction: WriteTransaction) -> None:
             connection = transaction.connection
-            found, erase_at_ms = self._read(connection, alert_id)
+            found, erase_at_ms = self._read(connection, alert_id, transaction.at_ms)
             said = (*found.adjudications, Adjudication(verdict, by, transaction.at_ms, reason, evidence_reference))
             state = adjudication.state_of(said, adjudication.persons_needed(found, transaction.state.galleries))
             sealed = seal.seal(
@@ -64,11 +65,10 @@ class SqlAlertRecords:
         wanted = select(tally.c.name, tally.c.count).where(tally.c.authority == authority)
         return await self._log.query(lambda connection: {name: by for name, by in connection.execute(wanted)})
 
-    def _read(self, connection: Connection, alert_id: str) -> tuple[Alert, int]:
-        """The alert, and when it is to be erased."""
-        row = connection.execute(
-            select(alert.c.sealed, alert.c.attributes, alert.c.erase_at_ms).where(alert.c.alert_id == alert_id)
-        ).first()
+    def _read(self, connection: Connection, alert_id: str, now_ms: int) -> tuple[Alert, int]:
+        """The alert, and when it is to be erased. What outlived its time under a legal hold is out of use."""
+        wanted = select(alert.c.sealed, alert.c.attributes, alert.c.erase_at_ms)
+        row = connection.execute(wanted.where(alert.c.alert_id == alert_id, alert.c.erase_at_ms > now_ms)).first()
         if row is None:
             raise NotFound(
                 f"alert {alert_id} is not held", field="alert_id", hint="list the alerts; it may have been erased"

@@ -6,7 +6,7 @@ from sqlalchemy import delete, select, tuple_, update
 
 from matcher_service import audit
 from matcher_service.gallery import judgement, lawful
-from matcher_service.gallery.held import is_held
+from matcher_service.gallery.held import is_held, keep_alerts, keep_details, standing
 from matcher_service.gallery.schema import alert, audit_record, enrolment_key, entry, erasure, legal_hold, live
 from matcher_service.gallery.transaction import SERVICE, Held, Note, WriteTransaction
 from matcher_service.terms import DeleteGallery, EndDeployment
@@ -18,15 +18,16 @@ def erase(transaction: WriteTransaction, now_ms: int, most: int) -> int:
     """Withdraw what has expired, then erase what is due; at most `most` of each. Returns the templates erased.
 
     A template is due at a stated time at the latest: nothing is gained by waiting for it, so everything that waits
-    and is not held is erased. Also dropped: alerts past their retention, with the details that the audit holds of
-    them, and idempotency keys past their window. The time is the later of `now_ms` and the log's own, so that a
-    clock stepped back keeps nobody.
+    and is not held is erased. Also dropped, unless a legal hold keeps them: alerts past their retention, and details
+    of the audit past theirs; and idempotency keys past their window. The time is the later of `now_ms` and the log's
+    own, so that a clock stepped back keeps nobody.
     """
     now_ms = max(now_ms, transaction.at_ms)
     _destroy_watchlists(transaction, now_ms)
     _withdraw_expired(transaction, now_ms, most)
     erased = _erase_templates(transaction, most)
     _erase_alerts(transaction, now_ms, most)
+    _erase_details(transaction, now_ms, most)
     _drop_old_keys(transaction, now_ms, most)
     transaction.write_notes(SERVICE)
     transaction.flush()
@@ -67,15 +68,27 @@ def _erase_templates(transaction: WriteTransaction, most: int) -> int:
 
 def _erase_alerts(transaction: WriteTransaction, now_ms: int, most: int) -> None:
     connection = transaction.connection
-    past = select(alert.c.position, alert.c.alert_id).where(alert.c.erase_at_ms <= now_ms)
-    for position, alert_id in connection.execute(past.order_by(alert.c.position).limit(most)).all():
-        connection.execute(delete(alert).where(alert.c.position == position))
-        transaction.chain(SERVICE.name, "alert.erased", alert_id, {})
-    told = select(audit_record.c.position).where(audit_record.c.erase_at_ms <= now_ms)
-    chosen = select(told.order_by(audit_record.c.position).limit(most).subquery().c.position)
-    connection.execute(
-        update(audit_record).where(audit_record.c.position.in_(chosen)).values(sealed=None, erase_at_ms=None)
-    )
+    holds = standing(connection)
+    past = select(alert.c.position, alert.c.alert_id).where(alert.c.erase_at_ms <= now_ms, alert.c.held.is_(None))
+    outlived = connection.execute(past.order_by(alert.c.position).limit(most)).all()
+    kept = keep_alerts(transaction, [position for position, _ in outlived], holds) if holds and outlived else set()
+    for position, alert_id in outlived:
+        if position not in kept:
+            connection.execute(delete(alert).where(alert.c.position == position))
+            transaction.chain(SERVICE.name, "alert.erased", alert_id, {})
+
+
+def _erase_details(transaction: WriteTransaction, now_ms: int, most: int) -> None:
+    connection = transaction.connection
+    past = select(audit_record.c.position).where(audit_record.c.erase_at_ms <= now_ms, audit_record.c.held.is_(None))
+    told = past.order_by(audit_record.c.position).limit(most)
+    holds = standing(connection)
+    if not holds:
+        chosen = audit_record.c.position.in_(select(told.subquery().c.position))
+    else:
+        due = list(connection.execute(told).scalars())
+        chosen = audit_record.c.position.in_(set(due) - keep_details(transaction, due, holds))
+    connection.execute(update(audit_record).where(chosen).values(sealed=None, erase_at_ms=None))
 
 
 def _drop_old_keys(transaction: WriteTransaction, now_ms: int, most: int) -> None:

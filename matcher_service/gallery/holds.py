@@ -6,16 +6,18 @@ import os
 from typing import Any
 
 import orjson
-from sqlalchemy import insert, select, update
+from sqlalchemy import Connection, insert, select, union_all, update
 
 from matcher_service import audit
 from matcher_service.errors import Conflict, NotFound
 from matcher_service.gallery import seal
+from matcher_service.gallery.alert_rows import read_alert
+from matcher_service.gallery.held import let_go
 from matcher_service.gallery.log import SqlGalleryLog
 from matcher_service.gallery.names import check_name
-from matcher_service.gallery.schema import legal_hold
+from matcher_service.gallery.schema import alert, entry, erasure, legal_hold, live
 from matcher_service.gallery.transaction import WriteTransaction
-from matcher_service.terms import Actor, LegalHold
+from matcher_service.terms import Actor, Alert, LegalHold, Reference
 
 
 class SqlLegalHolds:
@@ -64,6 +66,7 @@ class SqlLegalHolds:
             )
             if not transaction.connection.execute(ended).rowcount:
                 raise NotFound(f"no hold {hold_id} stands", field="hold_id", hint="list the holds")
+            let_go(transaction.connection, hold_id)
             transaction.chain(
                 actor.name, "hold.released", hold_id, {}, audit.canonical_detail({"by": by, "reason": reason})
             )
@@ -88,3 +91,31 @@ class SqlLegalHolds:
                 )
             )
         return found
+
+    async def kept(self, subject_id: str) -> tuple[list[Reference], list[Alert]]:
+        system = self._log.keyring.system
+        withdrawn = select(erasure.c.sequence).join(entry, entry.c.sequence == erasure.c.sequence)
+        expired = select(live.c.sequence).where(live.c.expires_at_ms <= self._log.now_ms())
+        ended = union_all(
+            withdrawn.where(entry.c.subject_id == subject_id), expired.where(live.c.subject_id == subject_id)
+        )
+        columns = (entry.c.gallery_id, entry.c.reference_id, entry.c.subject_id, entry.c.sequence, entry.c.at_ms)
+        references = (
+            select(*columns, entry.c.expires_at_ms, entry.c.attributes)
+            .where(entry.c.sequence.in_(ended), entry.c.sealed.is_not(None))
+            .order_by(entry.c.sequence)
+        )
+        alerts = select(alert.c.alert_id, alert.c.sealed, alert.c.attributes).where(alert.c.held.is_not(None))
+
+        def query(connection: Connection) -> tuple[list[Reference], list[Alert]]:
+            held = [
+                Reference(gallery_id, reference_id, subject, sequence, at_ms, expires_at_ms, attributes or b"")
+                for gallery_id, reference_id, subject, sequence, at_ms, expires_at_ms, attributes in (
+                    connection.execute(references)
+                )
+            ]
+            told = (read_alert(system, *row) for row in connection.execute(alerts.order_by(alert.c.position)))
+            of_subject = [one for one in told if any(each.subject_id == subject_id for each in one.candidates)]
+            return held, of_subject
+
+        return await self._log.query(query)

@@ -182,6 +182,10 @@ class SqlGalleryLog:
         """The keys, which segment files are sealed under too."""
         return self._keyring
 
+    def now_ms(self) -> int:
+        """The time by which what is held is judged: the wall clock, never before the newest entry known here."""
+        return max(self._clock.wall_ms(), self._newest_at_ms)
+
     def open(self) -> None:
         """Blocking part of `open_sqlite_log`."""
         try:
@@ -560,14 +564,16 @@ class SqlGalleryLog:
     async def _references(self, wanted: Any) -> list[Reference]:
         if self._database.shared:
             await self.head()
-        now_ms = max(self._clock.wall_ms(), self._newest_at_ms)
-        wanted = wanted.where(live.c.expires_at_ms > now_ms)
+        wanted = wanted.where(live.c.expires_at_ms > self.now_ms())
         return await self.query(lambda connection: [_reference(row) for row in connection.execute(wanted)])
 
     async def alerts(self, deployment_id: str, before: str, limit: int) -> list[Alert]:
+        now_ms = self.now_ms()
+
         def query(connection: Connection) -> list[Alert]:
             columns = (alert.c.alert_id, alert.c.sealed, alert.c.attributes)
-            wanted = select(*columns).order_by(alert.c.position.desc()).limit(limit)
+            wanted = select(*columns).where(alert.c.erase_at_ms > now_ms)
+            wanted = wanted.order_by(alert.c.position.desc()).limit(limit)
             if deployment_id:
                 wanted = wanted.where(alert.c.deployment_id == deployment_id)
             if before:

@@ -95,6 +95,7 @@ audit_record = Table(
     Column("hash", Text, nullable=False),
     Column("sealed", LargeBinary, comment="salt and detail, sealed; NULL if there is none or it was erased"),
     Column("erase_at_ms", BigInteger, comment="when salt and detail are to be erased; NULL: with the log"),
+    Column("held", Name, comment="the legal hold that has kept the detail beyond its time; NULL: none"),
 )
 Index("ix_audit_record_erase_at_ms", audit_record.c.erase_at_ms)
 
@@ -108,6 +109,7 @@ alert = Table(
     Column("erase_at_ms", BigInteger, nullable=False),
     Column("sealed", LargeBinary, nullable=False),
     Column("attributes", LargeBinary, comment="JSON beside the alert, such as its adjudication"),
+    Column("held", Name, comment="the legal hold that has kept it beyond its time; NULL: none"),
 )
 Index("ix_alert_alert_id", alert.c.alert_id, unique=True)
 Index("ix_alert_deployment_id_position", alert.c.deployment_id, alert.c.position)

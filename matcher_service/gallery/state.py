@@ -14,7 +14,8 @@ from matcher_service.terms import EntryKind, Gallery, Proposal, SpaceId, Templat
 @dataclass(slots=True)
 class CatalogueState:
     """`spaces` carries with each space the sequence that registered it; `deployments` and `cases` say of each id
-    whether it has ended, `closes_at_ms` when the others of the deployments close, `credentials` when it was revoked
+    whether it has ended, `closes_at_ms` when the others of the deployments close, `alert_retention_ms` how long the
+    alerts of those live that say so, `credentials` when it was revoked
     (None: it was not); `proposals` are those that wait or were closed. `sequence` is the newest catalogue entry
     applied."""
 
@@ -24,6 +25,7 @@ class CatalogueState:
     deleted: set[str] = field(default_factory=set)
     deployments: dict[str, bool] = field(default_factory=dict)
     closes_at_ms: dict[str, int] = field(default_factory=dict)
+    alert_retention_ms: dict[str, int] = field(default_factory=dict)
     cases: dict[str, bool] = field(default_factory=dict)
     credentials: dict[str, int | None] = field(default_factory=dict)
     proposals: dict[str, Proposal] = field(default_factory=dict)
@@ -47,6 +49,8 @@ class CatalogueState:
                 deployment = records.decode_deployment(record)
                 self.deployments[deployment.deployment_id] = deployment.ended_at_ms is not None
                 self.closes_at_ms[deployment.deployment_id] = deployment.closes_at_ms
+                if deployment.alert_retention_ms:
+                    self.alert_retention_ms[deployment.deployment_id] = deployment.alert_retention_ms
             case EntryKind.DEPLOYMENT_ENDED:
                 ended = records.decode_ended(record)[0]
                 self.deployments[ended] = True

@@ -340,12 +340,13 @@ class WriteTransaction:
         if not alerts:
             return
         position = (self.connection.execute(_ALERT_TAIL).scalar() or 0) + len(self._alerts_out)
-        erase_at_ms = self.at_ms + self.terms.alert_retention_ms
         for place, one in enumerate(alerts, position + 1):
+            lives_ms = self.state.alert_retention_ms.get(one.deployment_id, self.terms.alert_retention_ms)
+            erase_at_ms = self.at_ms + lives_ms
             content = records.encode_alert(one)
             sealed = self._seal_record("alert", one.alert_id, content)
             self._alerts_out.append(
-                (place, one.alert_id, one.deployment_id, one.raised_at_ms, erase_at_ms, sealed, None)
+                (place, one.alert_id, one.deployment_id, one.raised_at_ms, erase_at_ms, sealed, None, None)
             )
             self.count(records.authority_name(one.deployment_id, one.case_reference), "alerts", 1)
             self.count(records.authority_name(one.deployment_id, one.case_reference), "alerts_open", 1)
@@ -391,7 +392,8 @@ class WriteTransaction:
         )
         self._audit_hash = str(record["hash"])
         sealed = self._seal_record("audit", str(self._audit_position), salt + detail) if detail else None
-        self._audit_out.append((self._audit_position, audit.canonical(record), self._audit_hash, sealed, erase_at_ms))
+        content = audit.canonical(record)
+        self._audit_out.append((self._audit_position, content, self._audit_hash, sealed, erase_at_ms, None))
 
     def _seal_record(self, what: str, name: str, content: bytes) -> bytes:
         nonce = os.urandom(seal.NONCE_BYTES)

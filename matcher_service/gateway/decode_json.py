@@ -314,7 +314,8 @@ def _score_table(sent: ScoreTableBody) -> ScoreTable:
     )
 
 
-def deployment(data: bytes, now_ms: int) -> Deployment:
+def deployment(data: bytes, now_ms: int, alert_retention_ms: int) -> Deployment:
+    """`alert_retention_ms` is that of a deployment that names none: its record says it, whatever is set later."""
     sent = body(DeploymentBody, data)
     return Deployment(
         deployment_id=sent.deployment_id,
@@ -330,6 +331,7 @@ def deployment(data: bytes, now_ms: int) -> Deployment:
         legal_authority=sent.legal_authority,
         necessity=sent.necessity,
         threshold=sent.threshold,
+        alert_retention_ms=sent.alert_retention_ms or alert_retention_ms,
     )
 
 

@@ -131,7 +131,9 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/deployments", openapi_extra=documented(DeploymentBody), tags=["authority"], status_code=201)
     async def create_deployment(request: Request, query: Annotated[NoQuery, Query()]) -> Response:
         """Record an authorised live operation; probes are searched only under one, or under a case."""
-        deployment = decode_json.deployment(await sent(request), service.clock.wall_ms())
+        data = await sent(request)
+        alerts_live_ms = round(service.settings.storage.alert_retention_d * 86_400_000)
+        deployment = decode_json.deployment(data, service.clock.wall_ms(), alerts_live_ms)
         return await changed(CreateDeployment(deployment), request, 201, deployment_id=deployment.deployment_id)
 
     @routes.get("/v1/deployments", tags=["authority"])

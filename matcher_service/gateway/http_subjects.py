@@ -39,9 +39,14 @@ def router(service: Service, alerts: AlertRecords, holds: LegalHolds) -> APIRout
         what was done with them and by whom. Never a template; of other people in an alert, only how many they were."""
         decode.check_reason(query.reason)
         actor = actor_of(request)
-        held = [one for one in await log.subject(subject_id) if actor.has_rights_over(one.gallery_id)]
+        live = [one for one in await log.subject(subject_id) if actor.has_rights_over(one.gallery_id)]
+        ended, kept_alerts = await holds.kept(subject_id)
+        held = [*live, *(one for one in ended if actor.has_rights_over(one.gallery_id))]
         sequences = frozenset(one.sequence for one in held)
         own_alerts = [_of_subject(one, subject_id) async for one in _alerts(service, actor, subject_id)]
+        own_alerts += [
+            _of_subject(one, subject_id, kept=True) for one in kept_alerts if policy.may_see_alert(actor, one)
+        ]
         about = {str(one["alert_id"]) for one in own_alerts}
         done = [
             {
@@ -69,10 +74,11 @@ def router(service: Service, alerts: AlertRecords, holds: LegalHolds) -> APIRout
                         "reference_id": one.reference_id,
                         "enrolled_at_ms": one.enrolled_at_ms,
                         "expires_at_ms": one.expires_at_ms,
+                        "searchable": row < len(live),
                         **grounds.described(one, catalogue.galleries.get(one.gallery_id)),
                         **_controller(service, one.gallery_id),
                     }
-                    for one in held
+                    for row, one in enumerate(held)
                 ],
                 "alerts": own_alerts,
                 "processing": done,
@@ -194,7 +200,8 @@ async def _audited(service: Service) -> AsyncIterator[dict[str, Any]]:
         after = int(str(page[-1]["index"]))
 
 
-def _of_subject(alert: Alert, subject_id: str) -> dict[str, Any]:
+def _of_subject(alert: Alert, subject_id: str, *, kept: bool = False) -> dict[str, Any]:
+    """`kept`: beyond its time, under a legal hold."""
     own = [one for one in alert.candidates if one.subject_id == subject_id]
     return {
         "alert_id": alert.alert_id,
@@ -202,6 +209,7 @@ def _of_subject(alert: Alert, subject_id: str) -> dict[str, Any]:
         "deployment_id": alert.deployment_id,
         "case_reference": alert.case_reference,
         "state": alert.state,
+        "kept_under_a_hold": kept,
         "candidates": [
             {"gallery_id": one.gallery_id, "reference_id": one.reference_id, "rank": one.rank} for one in own
         ],

@@ -220,6 +220,9 @@ class DeploymentBody(Body):
     necessity: str = Field("", description="Why nothing less would do.")
     cameras: list[str] = Field([], description="The cameras it is authorised for; empty: any.")
     threshold: float | None = Field(None, description="Raises the galleries' thresholds for this deployment.")
+    alert_retention_ms: int = Field(
+        0, description="How long its alerts live; 0: as long as the service's settings say."
+    )
     rank_max: int = Field(10, description="Most candidates that a search may return.")
 
 

@@ -97,6 +97,26 @@ async def test_an_alert_and_what_was_said_of_it_are_erased_together_and_the_coun
         assert (await counts(it))["alerts_rejected"] == 1
 
 
+async def test_an_alert_lives_as_long_as_its_deployment_says_and_no_setting_lengthens_it(tmp_path: Path) -> None:
+    async with operation(tmp_path) as it:
+        assert (await it.ask("GET", "deployments/op"))["alert_retention_ms"] == 31 * DAY_MS
+        await it.deployment("g", deployment_id="short", alert_retention_ms=DAY_MS)
+        beyond = await it.deployment("g", deployment_id="long", status=400, alert_retention_ms=366 * DAY_MS)
+        assert beyond["field"] == "alert_retention_ms"
+        usual = await raised(it, 0)
+        assert await it.search(1, deployment_id="short") == "ALERT"
+        short = (await it.ask("GET", "alerts", deployment_id="short"))["alerts"][0]["alert_id"]
+        it.clock.ahead_ms = DAY_MS + 1000
+        # Out of use before anything is erased.
+        assert [one["alert_id"] for one in (await it.ask("GET", "alerts"))["alerts"]] == [usual]
+        assert (await it.ask("GET", f"alerts/{short}", status=404))["cause"] == "NOT_FOUND"
+        assert (await judge(it, short, "confirmed", status=404))["field"] == "alert_id"
+        await it.erased()
+        assert [one["subject"] for one in await it.audited("alert.erased")] == [short]
+        (first, second) = await it.audited("alert.raised")
+        assert (first["detail"] is None, second["detail"] is None) == (False, True)
+
+
 class Stream:
     """Server-sent events as a browser reads them."""
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import sqlite3
 from collections.abc import AsyncIterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,65 @@ async def test_proofs_hold_for_what_they_prove(kept: Kept) -> None:
             await asked
 
 
+async def test_a_single_proof_is_checked_without_the_service_and_shows_nothing_else(kept: Kept) -> None:
+    await kept.fill(6)
+    older = await kept.proofs.checkpoint()
+    await kept.fill(9)
+    records = await kept.log.audit(0, 100)
+    for record in records:
+        checkpoint, path = await kept.proofs.inclusion(int(str(record["index"])))
+        answer = {"index": record["index"], "checkpoint": asdict(checkpoint), "proof": path}
+        shown = audit_proofs.verify_proof(json.dumps(answer).encode(), json.dumps(record).encode(), checkpoint)
+        assert (shown.index, shown.checkpoint, shown.tied, shown.key_known) == (record["index"], checkpoint, True, True)
+    fitting = json.dumps(answer).encode(), json.dumps(record).encode()
+    assert not audit_proofs.verify_proof(*fitting, older).tied
+    assert not audit_proofs.verify_proof(*fitting).key_known
+    # Without its detail, which may have been erased, a record is the same leaf.
+    assert audit_proofs.verify_proof(fitting[0], json.dumps(record | {"salt": None, "detail": None}).encode())
+    forged_root = replace(checkpoint, root="00" * 32)
+    for wrong_answer, wrong_record, kept_one, key, said in (
+        (answer, record | {"actor": "another"}, None, "", "not covered"),
+        (answer, record | {"detail": {"why": "another"}}, None, "", "detail"),
+        (answer | {"proof": path[:-1]}, record, None, "", "not covered"),
+        (answer | {"proof": [path[1], path[0], *path[2:]]}, record, None, "", "not covered"),
+        (answer, record, None, "00" * 32, "not signed by the key known"),
+        (answer, record, forged_root, "", "another root"),
+        (answer | {"checkpoint": asdict(forged_root)}, record, None, "", "not signed"),
+    ):
+        with pytest.raises(DataDamaged, match=said):
+            audit_proofs.verify_proof(
+                json.dumps(wrong_answer).encode(), json.dumps(wrong_record).encode(), kept_one, key
+            )
+    for text, told, field in (
+        (b"[]", fitting[1], "proof"),
+        (b'{"index":1,"older":1}', fitting[1], "proof"),
+        (fitting[0], None, "record"),
+        (fitting[0], b"[]", "record"),
+        (fitting[0], json.dumps(records[0]).encode(), "record"),
+    ):
+        with pytest.raises(InvalidInput) as refused:
+            audit_proofs.verify_proof(text, told)
+        assert refused.value.field == field
+
+
+async def test_a_consistency_proof_is_checked_against_the_checkpoint_kept_elsewhere(kept: Kept) -> None:
+    await kept.fill(6)
+    older = await kept.proofs.checkpoint()
+    await kept.fill(9)
+    newest, path = await kept.proofs.consistency(older.size)
+    answer = {"older": older.size, "checkpoint": asdict(newest), "proof": path}
+    shown = audit_proofs.verify_proof(json.dumps(answer).encode(), kept=older)
+    assert (shown.older, shown.checkpoint, shown.tied) == (older.size, newest, True)
+    key = SigningKeys(kept.folder / "keys/audit", kept.log.keyring).current
+    rewritten = audit_proofs.signed_checkpoint(older.size, bytes(32), 1, key.public, key.sign)
+    with pytest.raises(DataDamaged, match="no past state"):
+        audit_proofs.verify_proof(json.dumps(answer).encode(), kept=rewritten)
+    for other in (None, newest):
+        with pytest.raises(InvalidInput) as refused:
+            audit_proofs.verify_proof(json.dumps(answer).encode(), kept=other)
+        assert refused.value.field == "checkpoint"
+
+
 async def test_a_key_hands_over_to_the_next_and_a_stranger_does_not(kept: Kept) -> None:
     await kept.fill(2)
     first = await kept.proofs.checkpoint()
@@ -143,7 +204,7 @@ async def test_1000_random_tamperings_with_the_store_are_all_found(kept: Kept) -
                 await verified(kept, checkpoint)
             database.execute("BEGIN IMMEDIATE")
             database.execute("DELETE FROM audit_record")
-            database.executemany("INSERT INTO audit_record VALUES (?, ?, ?, ?, ?)", before)
+            database.executemany("INSERT INTO audit_record VALUES (?, ?, ?, ?, ?, ?)", before)
             database.execute("COMMIT")
             if number % 100 == 0:
                 await verified(kept, checkpoint)
@@ -170,14 +231,14 @@ def tamper(database: sqlite3.Connection, draw: random.Random, size: int) -> str:
             return f"byte {place} of {at}"
         case "seal":
             # Only records with a detail have something sealed.
-            at = draw.choice([one for one, *_, sealed, _ in rows(database) if sealed is not None])
+            at = draw.choice([one for one, *_, sealed, _, _ in rows(database) if sealed is not None])
             wrong = draw.choice([None, draw.randbytes(90)])
             database.execute("UPDATE audit_record SET sealed = ? WHERE position = ?", (wrong, at))
             return f"detail of {at}"
         case "rehash":
             # The best forger: changes a record and makes every later link and hash fit.
             previous = ""
-            for position, text, _, _, _ in rows(database)[at - 1 :]:
+            for position, text, *_ in rows(database)[at - 1 :]:
                 record = dict(audit.json.loads(text))
                 if previous:
                     record["previous"] = previous

@@ -208,6 +208,19 @@ def test_the_whole_of_an_operation_from_the_command_line(shell: Shell, tmp_path:
     assert code == 1
     assert "it was cut" in err
 
+    # Single proofs, fetched from the service and checked without it.
+    (tmp_path / "record").write_bytes(lines[2])
+    shell.json("audit", "prove", "--index=3", f"--out={tmp_path / 'covered'}")
+    shell.json("audit", "prove", f"--older={made['size']}", f"--out={tmp_path / 'past'}")
+    known = (f"--key={head['checkpoint']['key']}",)
+    shown = shell.json("audit", "verify-proof", str(tmp_path / "covered"), f"--record={tmp_path / 'record'}", *known)
+    assert (shown["proved"], shown["index"], shown["key_known"]) == (True, 3, True)
+    shown = shell.json("audit", "verify-proof", str(tmp_path / "past"), f"--checkpoint={kept}", *known)
+    assert (shown["older"], shown["checkpoint"]["size"]) == (made["size"], head["records"])
+    (tmp_path / "record").write_bytes(lines[3].replace(b'"index":4', b'"index":3'))
+    code, _, err = shell("audit", "verify-proof", str(tmp_path / "covered"), f"--record={tmp_path / 'record'}")
+    assert (code, "not covered" in err) == (1, True)
+
 
 @pytest.mark.parametrize(
     ("arguments", "cause"),

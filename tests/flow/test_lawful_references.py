@@ -71,7 +71,7 @@ class Office:
         body = {"space": SPACE, "references": references, **more}
         return await self.ask("POST", f"galleries/{gallery_id}/references", body, status)
 
-    async def deployment(self, *gallery_ids: str, deployment_id: str = "op", status: int = 201) -> Any:
+    async def deployment(self, *gallery_ids: str, deployment_id: str = "op", status: int = 201, **t: Any) -> Any:
         body = {
             "deployment_id": deployment_id,
             "gallery_ids": gallery_ids,
@@ -80,7 +80,7 @@ class Office:
             "authorised_by": "Supt. Gray",
             "reason": "a test",
         }
-        return await self.ask("POST", "deployments", body, status)
+        return await self.ask("POST", "deployments", body | t, status)
 
     async def search(self, row: int, status: int = 200, deployment_id: str = "op") -> Any:
         probe = {"probe_id": "p", "template": self.faces[row].tolist(), "captured_at_ms": self.clock.wall_ms()}

@@ -82,6 +82,58 @@ async def test_a_legal_hold_pauses_erasure_and_never_restores_searchability(tmp_
         assert (await hold(it, 400, hold_id="h2", review_by_ms=far))["field"] == "review_by_ms"
 
 
+async def test_a_legal_hold_keeps_alerts_and_what_the_audit_tells_and_puts_neither_to_use(tmp_path: Path) -> None:
+    async with operation(tmp_path, retention_ms=90 * DAY_MS) as it:
+        held, other = await raised(it, 0), await raised(it, 1)
+        await judge(it, held, "rejected")
+        await judge(it, other, "confirmed")
+        await hold(it)
+        await hold(it, hold_id="h2")
+        it.clock.ahead_ms = 32 * DAY_MS
+        await it.erased()
+        assert [one["subject"] for one in await it.audited("alert.erased")] == [other]
+        told = {one["subject"]: one["detail"] for one in await it.audited("alert.raised")}
+        assert told[other] is None
+        assert told[held]["candidates"][0]["subject_id"] == "s0"
+        judged = {one["subject"]: one["detail"] for one in await it.audited("alert.adjudicated")}
+        assert (judged[held]["by"], judged[other]) == ("PC Ames", None)
+        kept = [(one["subject"], one["facts"]) for one in await it.audited("hold.kept")]
+        assert kept == [("h1", {"alerts": 1}), ("h1", {"details": 2})]
+        # Beyond its time it is nobody's to work with; who answers to the person or to a court gets it.
+        assert (await it.ask("GET", "alerts"))["alerts"] == []
+        assert (await it.ask("GET", f"alerts/{held}", status=404))["cause"] == "NOT_FOUND"
+        assert (await judge(it, held, "confirmed", status=404))["field"] == "alert_id"
+        (alert,) = (await it.ask("GET", "subjects/s0/export", reason="request 12"))["alerts"]
+        assert (alert["alert_id"], alert["state"], alert["kept_under_a_hold"]) == (held, "rejected", True)
+        # The first hold goes, the second one still stands.
+        for hold_id, erased in (("h1", [other]), ("h2", [other, held])):
+            await it.ask("POST", f"holds/{hold_id}/release", {"reason": "closed", "released_by": "Supt. Gray"})
+            await it.erased()
+            assert [one["subject"] for one in await it.audited("alert.erased")] == erased
+        assert [one["detail"] for one in await it.audited("alert.raised")] == [None, None]
+        assert [one["detail"] for one in await it.audited("alert.adjudicated")] == [None, None]
+
+
+async def test_details_that_name_a_person_or_tell_of_their_references_are_kept_under_a_hold(tmp_path: Path) -> None:
+    """The audit's own clock, two years, is over; others' details go."""
+    async with operation(tmp_path, retention_ms=90 * DAY_MS) as it:
+        for row in (0, 1):
+            await it.ask("DELETE", f"galleries/g/references/r{row}", reason=f"why {row}")
+            await it.ask("GET", f"subjects/s{row}")
+        await hold(it, review_by_ms=it.clock.wall_ms() + 300 * DAY_MS)
+        (reference,) = (await it.ask("GET", "subjects/s0/export", reason="request 12"))["references"]
+        assert (reference["reference_id"], reference["searchable"]) == ("r0", False)
+        it.clock.ahead_ms = 732 * DAY_MS
+        await it.erased()
+        kept = [one["detail"] for one in await it.audited("reference.withdrawn")]
+        assert kept == [{"reason": "why 0"}, None]
+        assert [one["detail"] for one in await it.audited("subject.consulted")] == [
+            {"subject_id": "s0", "references": 0},
+            None,
+        ]
+        assert (await it.audited("hold.placed"))[0]["detail"]["authorised_by"] == "Supt. Gray"
+
+
 async def test_the_inputs_of_an_impact_assessment_are_told_and_name_nobody(tmp_path: Path) -> None:
     """Data Protection Act 2018, section 64."""
     async with operation(tmp_path, review_interval_ms=20 * DAY_MS) as it:

@@ -34,6 +34,7 @@ MATRIX = "tests/flow/test_access_matrix.py"
 EDGES = "tests/flow/test_edge_credentials.py"
 LAWFUL = "tests/flow/test_lawful_references.py"
 RIGHTS = "tests/flow/test_rights.py"
+ALERTS = "tests/flow/test_alerts.py"
 
 MUTATIONS = (
     Mutation(
@@ -162,6 +163,41 @@ MUTATIONS = (
         ".where(~is_held())",
         "",
         f"{RIGHTS}::test_a_legal_hold_pauses_erasure_and_never_restores_searchability",
+    ),
+    Mutation(
+        "holds over alerts",
+        "gallery/held.py",
+        "return isinstance(candidates, list | tuple) and any(hold.covers(one) for one in candidates)",
+        "return False",
+        f"{RIGHTS}::test_a_legal_hold_keeps_alerts_and_what_the_audit_tells_and_puts_neither_to_use",
+    ),
+    Mutation(
+        "holds over details",
+        "gallery/held.py",
+        "if any(_is_about(connection, one, first, last) for first, last in spans):",
+        "if False:",
+        f"{RIGHTS}::test_details_that_name_a_person_or_tell_of_their_references_are_kept_under_a_hold",
+    ),
+    Mutation(
+        "what is kept is out of use",
+        "gallery/alert_records.py",
+        "alert.c.alert_id == alert_id, alert.c.erase_at_ms > now_ms)",
+        "alert.c.alert_id == alert_id)",
+        f"{RIGHTS}::test_a_legal_hold_keeps_alerts_and_what_the_audit_tells_and_puts_neither_to_use",
+    ),
+    Mutation(
+        "a deployment's lifetime of alerts",
+        "gallery/transaction.py",
+        "self.state.alert_retention_ms.get(one.deployment_id, self.terms.alert_retention_ms)",
+        "self.terms.alert_retention_ms",
+        f"{ALERTS}::test_an_alert_lives_as_long_as_its_deployment_says_and_no_setting_lengthens_it",
+    ),
+    Mutation(
+        "single proofs",
+        "audit_proofs.py",
+        "if not proves:",
+        "if False:",
+        "tests/flow/test_audit_proofs.py::test_a_single_proof_is_checked_without_the_service_and_shows_nothing_else",
     ),
     Mutation(
         "the erasure ledger",

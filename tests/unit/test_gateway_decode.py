@@ -380,8 +380,10 @@ def test_a_deployment_and_a_case_open_now_unless_they_say_when() -> None:
     common = {"gallery_ids": ["g"], "closes_at_ms": 9_000}
     live = common | {"deployment_id": "d", "probe_age_ms_max": 5, "authorised_by": "a", "reason": "r"}
     later = {"opens_at_ms": 7_000}
-    assert decode_json.deployment(orjson.dumps(live), 6_000) == Deployment("d", ("g",), 6_000, 9_000, 5, "a", "r")
-    assert decode_json.deployment(orjson.dumps(live | later), 6_000).opens_at_ms == 7_000
+    assert decode_json.deployment(orjson.dumps(live), 6_000, 77) == Deployment(
+        "d", ("g",), 6_000, 9_000, 5, "a", "r", alert_retention_ms=77
+    )
+    assert decode_json.deployment(orjson.dumps(live | later), 6_000, 77).opens_at_ms == 7_000
     past = common | {"case_reference": "c", "requested_by": "q", "purpose": "p"}
     assert decode_json.case(orjson.dumps(past), 6_000) == Case("c", ("g",), 6_000, 9_000, "q", "p")
 
