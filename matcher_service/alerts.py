@@ -20,6 +20,8 @@ WAITING_ALERTS_MAX = 1024
 # How often the log is asked for what other gateways recorded, and how many alerts at a time.
 RELAY_EVERY_S = 0.25
 RELAYED_AT_ONCE_MAX = 200
+# Gateways' clocks agree to within this; more, and an alert of another could be taken for one told long ago.
+CLOCKS_DIFFER_MS_MAX = 600_000
 
 _log = structlog.get_logger(__name__)
 
@@ -79,7 +81,7 @@ class RelayedAlerts(AlertFeed):
     async def relay(self, log: GalleryLog) -> None:
         """Hand on what is recorded from now on, until cancelled. What the log holds while it cannot be read comes
         later."""
-        told: set[str] | None = None
+        told: dict[str, int] | None = None
         while True:
             try:
                 fresh, told = await _recorded_since(log, told)
@@ -90,17 +92,19 @@ class RelayedAlerts(AlertFeed):
             await asyncio.sleep(RELAY_EVERY_S)
 
 
-async def _recorded_since(log: GalleryLog, told: set[str] | None) -> tuple[list[Alert], set[str]]:
-    """What was recorded after all that was `told` (None: nothing is fresh yet), oldest first; and the ids to be known
-    as told next time. The log lists the newest first, so what is fresh stands before the first that is not."""
+async def _recorded_since(log: GalleryLog, told: dict[str, int] | None) -> tuple[list[Alert], dict[str, int]]:
+    """What was recorded after all that was `told` (by id, when each was raised; None: nothing is fresh yet), oldest
+    first; and what is to be known as told next time. The log lists the newest first, so what is fresh stands before the
+    first that is not. Alerts live for different times, so those told may have left the list before older ones."""
     if told and (newest := await log.alerts("", "", 1)) and newest[0].alert_id in told:
         return [], told
     page = await log.alerts("", "", RELAYED_AT_ONCE_MAX)
-    known = {one.alert_id for one in page}
+    known = {one.alert_id: one.raised_at_ms for one in page}
     fresh: list[Alert] = []
+    long_told_ms = min(told.values()) - CLOCKS_DIFFER_MS_MAX if told else 0
     while told is not None and page:
         for one in page:
-            if one.alert_id in told:
+            if one.alert_id in told or one.raised_at_ms < long_told_ms:
                 return fresh[::-1], known
             fresh.append(one)
         page = await log.alerts("", page[-1].alert_id, RELAYED_AT_ONCE_MAX)
