@@ -26,10 +26,13 @@ CATALOGUE_KINDS = frozenset(EntryKind) - {EntryKind.ENROL, EntryKind.WITHDRAW}
 
 
 class Catalogue:
+    """`calibrations` says of each space which entry of the log brought its present score table, or the lack of one."""
+
     def __init__(self) -> None:
         self.galleries: Mapping[str, Gallery] = {}
         self.deleted_galleries: frozenset[str] = frozenset()
         self.spaces: Mapping[SpaceId, TemplateSpace] = {}
+        self.calibrations: Mapping[SpaceId, int] = {}
         self.deployments: Mapping[str, Deployment] = {}
         self.cases: Mapping[str, Case] = {}
         self.credentials: Mapping[str, EdgeCredential] = {}
@@ -45,6 +48,9 @@ class Catalogue:
         match entry.kind:
             case EntryKind.SPACE_REGISTERED:
                 space = records.decode_space(entry.record)
+                known = self.spaces.get(space.id)
+                if known is None or known.score_table != space.score_table:
+                    self.calibrations = {**self.calibrations, space.id: entry.sequence}
                 self.spaces = {**self.spaces, space.id: space}
             case EntryKind.GALLERY_CREATED:
                 gallery = records.decode_gallery(entry.record)
@@ -53,9 +59,9 @@ class Catalogue:
                 self.galleries = {key: kept for key, kept in self.galleries.items() if key != entry.gallery_id}
                 self.deleted_galleries |= {entry.gallery_id}
             case EntryKind.THRESHOLD_CHANGED:
-                gallery_id, threshold = records.decode_threshold_change(entry.record)
-                gallery = dataclasses.replace(self.galleries[gallery_id], threshold=threshold)
-                self.galleries = {**self.galleries, gallery_id: gallery}
+                gallery_id, threshold, evidence = records.decode_threshold_change(entry.record)
+                changed = records.with_threshold(self.galleries[gallery_id], threshold, evidence)
+                self.galleries = {**self.galleries, gallery_id: changed}
             case EntryKind.WATCHLIST_APPROVED:
                 gallery_id, approved_by = records.decode_approval(entry.record)
                 approved = records.approved(self.galleries[gallery_id], approved_by)

@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 
-from matcher_service import records
+from matcher_service import evidence, records
 from matcher_service.terms import Deployment, EntryKind, LogEntry
 
 KINDS = (
@@ -75,15 +75,26 @@ def _galleries(gallery_ids: Sequence[str], entries: Iterable[LogEntry]) -> list[
                 gallery = records.decode_gallery(entry.record)
                 found[gallery.gallery_id] = {
                     **records.gallery_dict(gallery),
-                    "thresholds": [{"from_ms": entry.at_ms, "threshold": gallery.threshold}],
+                    "thresholds": [
+                        {
+                            "from_ms": entry.at_ms,
+                            "threshold": gallery.threshold,
+                            "evidence": records.evidence_dict(gallery.evidence),
+                        }
+                    ],
                     "approved_by": "",
                     "deleted_at_ms": None,
                 }
             case EntryKind.THRESHOLD_CHANGED:
-                _, threshold = records.decode_threshold_change(entry.record)
+                _, threshold, known = records.decode_threshold_change(entry.record)
                 change = orjson.loads(entry.record)
                 found[entry.gallery_id]["thresholds"].append(
-                    {"from_ms": entry.at_ms, "threshold": threshold, "reason": change.get("reason", "")}
+                    {
+                        "from_ms": entry.at_ms,
+                        "threshold": threshold,
+                        "evidence": records.evidence_dict(known),
+                        "reason": change.get("reason", ""),
+                    }
                 )
             case EntryKind.WATCHLIST_APPROVED:
                 found[entry.gallery_id]["approved_by"] = records.decode_approval(entry.record)[1]
@@ -145,7 +156,13 @@ def _terms(gallery: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Lawful basis", gallery["lawful_basis"]),
         ("Purpose", gallery["purpose"]),
         *(listed or ()),
-        *((f"Threshold from {_time(one['from_ms'])}", f"{one['threshold']:g}") for one in gallery["thresholds"]),
+        *(
+            (
+                f"Threshold from {_time(one['from_ms'])}",
+                " ".join([f"{one['threshold']:g}.", *evidence.in_words(one.get("evidence"))]),
+            )
+            for one in gallery["thresholds"]
+        ),
         ("Destroyed", _time(gallery["deleted_at_ms"]) if gallery["deleted_at_ms"] else "no"),
     ]
 

@@ -14,7 +14,7 @@ from typing import ParamSpec, TypeVar
 import numpy as np
 import structlog
 
-from matcher_service import grounds, policy, reference_rows, resemblance
+from matcher_service import evidence, grounds, policy, reference_rows, resemblance
 from matcher_service.access.rates import Rates
 from matcher_service.admission import Admission
 from matcher_service.catalogue import Catalogue
@@ -159,7 +159,9 @@ class Writing:
         return await self._obeyed(receipt)
 
     async def change(self, write: Write, actor: Actor) -> Receipt:
-        """A change of the catalogue: judged, committed, and obeyed when this returns."""
+        """A change of the catalogue: judged, committed, and obeyed when this returns. With a threshold goes into the
+        log what is known of it."""
+        write = evidence.settled(write, self._catalogue)
         policy.judge_change(
             write, actor, self._catalogue, self._limits.id_bytes_max, self._limits.dimension_max, self._time.now_ms()
         )
@@ -176,7 +178,8 @@ class Writing:
             case ProposalAction.THRESHOLD:
                 change = policy.proposed_threshold(proposal, actor.person)
                 policy.judge_threshold_change(change, self._catalogue, self._limits.id_bytes_max)
-                receipt = _receipt((await self._append([change], actor))[0])
+                settled = evidence.settled(change, self._catalogue)
+                receipt = _receipt((await self._append([settled], actor))[0])
             case ProposalAction.GALLERY_DELETION:
                 deletion = DeleteGallery(proposal.gallery_id, proposal.reason, proposal.proposed_by, actor.person)
                 receipt = _receipt((await self._append([deletion], actor))[0])

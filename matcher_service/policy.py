@@ -17,7 +17,6 @@ from matcher_service import lawful_galleries
 from matcher_service.access import bands
 from matcher_service.catalogue import Catalogue
 from matcher_service.errors import Conflict, Forbidden, Gone, InvalidInput, MatcherError, NotFound, StaleProbe
-from matcher_service.models.promise import Promise, threshold_for
 from matcher_service.models.score_calibrator import check_table
 from matcher_service.models.template_adapter import check_space
 from matcher_service.terms import (
@@ -619,30 +618,6 @@ def approvable(proposal_id: str, actor: Actor, catalogue: Catalogue, now_ms: int
             hint="ask another authorising officer",
         )
     return proposal
-
-
-def promise_of(gallery: Gallery, one_false_alert_in: int, catalogue: Catalogue) -> Promise:
-    """The least threshold at which, by the calibration of the gallery's space, at most one of so many unmated probes
-    alerts while it holds `size_max` references. Raises InvalidInput if the calibration does not reach so far."""
-    space = catalogue.spaces.get(gallery.space)
-    table = space.score_table if space is not None else None
-    if table is None:
-        raise InvalidInput(
-            f"template space {gallery.space} is not calibrated",
-            field="one_false_alert_in",
-            hint="measure it with `matcher calibrate`, or give a threshold",
-        )
-    if gallery.size_max < 1:
-        raise InvalidInput(
-            "the threshold depends on how many references it is for",
-            field="size_max",
-            hint="say how many the gallery may hold: more are then refused",
-        )
-    if one_false_alert_in < 2:
-        raise InvalidInput(
-            f"one alert in {one_false_alert_in} is no target", field="one_false_alert_in", hint="for example 1000"
-        )
-    return threshold_for(table, 1 / one_false_alert_in, gallery.size_max)
 
 
 def _judge_gallery(gallery: Gallery, catalogue: Catalogue, id_bytes_max: int) -> None:

@@ -29,6 +29,8 @@ from matcher_service.terms import (
     Float32,
     Gallery,
     GalleryKind,
+    GenuineTable,
+    Limits,
     Proposal,
     ProposalAction,
     RateChange,
@@ -36,6 +38,7 @@ from matcher_service.terms import (
     SpaceId,
     SpaceMap,
     TemplateSpace,
+    ThresholdEvidence,
     Watchlist,
 )
 
@@ -84,7 +87,48 @@ def gallery_dict(gallery: Gallery) -> dict[str, Any]:
         "size_max": gallery.size_max,
         "adjudicators": gallery.adjudicators,
         "watchlist": None if gallery.watchlist is None else dataclasses.asdict(gallery.watchlist),
+        "evidence": evidence_dict(gallery.evidence),
     }
+
+
+def evidence_dict(evidence: ThresholdEvidence | None) -> dict[str, Any] | None:
+    if evidence is None:
+        return None
+    return {
+        "threshold": evidence.threshold,
+        "one_false_alert_in": evidence.one_false_alert_in,
+        "references": evidence.references,
+        "calibration_sequence": evidence.calibration_sequence,
+        "method": evidence.method,
+        "confidence": evidence.confidence,
+        **{name: _limits_dict(getattr(evidence, name)) for name in ("needed", "fpir", "fnir")},
+        "not_supported": evidence.not_supported,
+    }
+
+
+def _limits_dict(limits: Limits | None) -> dict[str, float] | None:
+    return None if limits is None else limits._asdict()
+
+
+def _evidence(found: Any) -> ThresholdEvidence | None:
+    if found is None:
+        return None
+    return ThresholdEvidence(
+        threshold=found["threshold"],
+        one_false_alert_in=found["one_false_alert_in"],
+        references=found["references"],
+        calibration_sequence=found["calibration_sequence"],
+        method=found["method"],
+        confidence=found["confidence"],
+        needed=_limits(found["needed"]),
+        fpir=_limits(found["fpir"]),
+        fnir=_limits(found["fnir"]),
+        not_supported=found["not_supported"],
+    )
+
+
+def _limits(found: Any) -> Limits | None:
+    return None if found is None else Limits(found["estimate"], found["low"], found["high"])
 
 
 @_sensible("gallery")
@@ -110,6 +154,7 @@ def decode_gallery(record: bytes) -> Gallery:
         size_max=found.get("size_max", 0),
         adjudicators=found.get("adjudicators", 1),
         watchlist=_watchlist(found.get("watchlist")),
+        evidence=_evidence(found.get("evidence")),
     )
 
 
@@ -162,6 +207,7 @@ def space_dict(space: TemplateSpace) -> dict[str, Any]:
             "estimates": list(table.estimates),
             "low_rates": list(table.low_rates),
             "confidence": table.confidence,
+            "genuine": None if table.genuine is None else dataclasses.asdict(table.genuine),
         },
     }
 
@@ -189,7 +235,17 @@ def decode_space(record: bytes) -> TemplateSpace:
             tuple(table.get("estimates", ())),
             tuple(table.get("low_rates", ())),
             table.get("confidence", 0.0),
+            _genuine_table(table.get("genuine")),
         ),
+    )
+
+
+def _genuine_table(found: Any) -> GenuineTable | None:
+    if found is None:
+        return None
+    columns = {name: tuple(found[name]) for name in ("scores", "estimates", "low_rates", "high_rates")}
+    return GenuineTable(
+        **columns, confidence=found["confidence"], comparisons=found["comparisons"], subjects=found["subjects"]
     )
 
 
@@ -277,14 +333,20 @@ def decode_case(record: bytes) -> Case:
 def encode_threshold_change(change: ChangeThreshold, before: float) -> bytes:
     """Record of THRESHOLD_CHANGED; `before` is the threshold that it replaces."""
     rates = [one._asdict() for one in change.rates]
-    return orjson.dumps({**change._asdict(), "rates": rates, "threshold_before": before})
+    evidence = evidence_dict(change.evidence)
+    return orjson.dumps({**change._asdict(), "rates": rates, "evidence": evidence, "threshold_before": before})
 
 
 @_sensible("change of threshold")
-def decode_threshold_change(record: bytes) -> tuple[str, float]:
-    """(gallery_id, the threshold from now on)."""
+def decode_threshold_change(record: bytes) -> tuple[str, float, ThresholdEvidence | None]:
+    """(gallery_id, the threshold from now on, what was known of it)."""
     found = orjson.loads(record)
-    return str(found["gallery_id"]), float(found["threshold"])
+    return str(found["gallery_id"]), float(found["threshold"]), _evidence(found.get("evidence"))
+
+
+def with_threshold(gallery: Gallery, threshold: float, evidence: ThresholdEvidence | None) -> Gallery:
+    """The gallery as a change of its threshold leaves it."""
+    return dataclasses.replace(gallery, threshold=threshold, evidence=evidence)
 
 
 def encode_credential(credential: EdgeCredential) -> bytes:
@@ -355,6 +417,7 @@ def proposal_dict(proposal: Proposal) -> dict[str, Any]:
         "reference_ids": list(proposal.reference_ids),
         "closed_as": proposal.closed_as,
         "closed_by": proposal.closed_by,
+        "evidence": evidence_dict(proposal.evidence),
     }
 
 
@@ -374,6 +437,7 @@ def decode_proposal(record: bytes) -> Proposal:
         reference_ids=tuple(found["reference_ids"]),
         closed_as=found["closed_as"],
         closed_by=found["closed_by"],
+        evidence=_evidence(found.get("evidence")),
     )
 
 

@@ -103,13 +103,37 @@ class SpaceId(NamedTuple):
         return f"{self.name}/{self.version} ({self.dimension}-d)"
 
 
+class Limits(NamedTuple):
+    """A best estimate between its two-sided limits."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class GenuineTable:
+    """Score to false non-match rate, as measured: which share of `comparisons` of `subjects` people with themselves
+    scores below each of `scores`, ascending. `estimates`, `low_rates` and `high_rates` never fall, in [0, 1];
+    `confidence` is that of the interval from low to high."""
+
+    scores: tuple[float, ...]
+    estimates: tuple[float, ...]
+    low_rates: tuple[float, ...]
+    high_rates: tuple[float, ...]
+    confidence: float
+    comparisons: int
+    subjects: int
+
+
 @dataclass(frozen=True, slots=True)
 class ScoreTable:
     """Score to false-match rate, as measured: `scores` ascending, `rates` non-increasing in (0, 1].
 
     `method` says in words where it comes from, and the last entry is as far as the data reach. The rates are upper
     limits. Where they are known, `estimates` and `low_rates` are the best estimates and the lower limits at the same
-    scores, and `confidence` is that of the interval; else they are empty and 0.
+    scores, and `confidence` is that of the interval; else they are empty and 0. `genuine` is what the same set says of
+    people compared with themselves; None: not known.
     """
 
     scores: tuple[float, ...]
@@ -118,6 +142,7 @@ class ScoreTable:
     estimates: tuple[float, ...] = ()
     low_rates: tuple[float, ...] = ()
     confidence: float = 0.0
+    genuine: GenuineTable | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +201,30 @@ class Watchlist:
 
 
 @dataclass(frozen=True, slots=True)
+class ThresholdEvidence:
+    """What the calibration of the template space said of a gallery's threshold when that was set.
+
+    `one_false_alert_in` is what was asked: at most one of so many unmated probes alerts (0: nothing was) while
+    `references` are held (0: no size was stated). `needed` is the threshold that this takes, `high` the one that the
+    service chooses: there the upper limit of the false alerts is what was asked. `fpir` and `fnir` are the error rates
+    at `threshold`, the latter for people with one reference; None: not known. `calibration_sequence` is where the log
+    holds the calibration (0: there was none), `method` its own words, `confidence` that of the limits. `not_supported`
+    says what the calibration does not bear out; "": nothing.
+    """
+
+    threshold: float
+    one_false_alert_in: int
+    references: int
+    calibration_sequence: int
+    method: str = ""
+    confidence: float = 0.0
+    needed: Limits | None = None
+    fpir: Limits | None = None
+    fnir: Limits | None = None
+    not_supported: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Gallery:
     """A named set of references under one lawful basis, in one template space.
 
@@ -186,7 +235,8 @@ class Gallery:
 
     A reference enters with a quality of at least `quality_min` (0: none is asked for), and, where `resembles_max` is
     not 0, if no more than that many other subjects resemble it at the threshold. `size_max` is how many references
-    the threshold was calibrated for, 0: unlimited. `adjudicators` is how many people judge an alert.
+    the threshold was calibrated for, 0: unlimited. `adjudicators` is how many people judge an alert. `evidence` is what
+    was known of the threshold when it was set; None: set by an earlier release, or past the flow that asks.
     """
 
     gallery_id: str
@@ -206,6 +256,7 @@ class Gallery:
     size_max: int = 0
     adjudicators: int = 1
     watchlist: Watchlist | None = None
+    evidence: ThresholdEvidence | None = None
 
     def __post_init__(self) -> None:
         if self.review_interval_ms == 0:
@@ -331,7 +382,7 @@ class ProposalAction(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """A change that two persons must stand for. `threshold` and `rates` serve THRESHOLD, `reference_ids`
+    """A change that two persons must stand for. `threshold`, `rates` and `evidence` serve THRESHOLD, `reference_ids`
     WITHDRAWAL. `closed_as` is "" while it waits, else approved or rejected."""
 
     proposal_id: str
@@ -346,6 +397,7 @@ class Proposal:
     reference_ids: tuple[str, ...] = ()
     closed_as: str = ""
     closed_by: str = ""
+    evidence: ThresholdEvidence | None = None
 
 
 # --- the gallery log -------------------------------------------------------------------------------
@@ -506,7 +558,11 @@ class WithdrawSubject(NamedTuple):
 
 
 class CreateGallery(NamedTuple):
+    """Wish: a gallery; with `one_false_alert_in`, at the threshold for which the calibration of its space promises that
+    at most one of so many unmated probes alerts while `size_max` references are held."""
+
     gallery: Gallery
+    one_false_alert_in: int = 0
 
 
 class DeleteGallery(NamedTuple):
@@ -538,6 +594,7 @@ class ChangeThreshold(NamedTuple):
     proposed_by: str
     approved_by: str
     rates: tuple[RateChange, ...]
+    evidence: ThresholdEvidence | None = None
 
 
 class RegisterSpace(NamedTuple):

@@ -155,7 +155,7 @@ def _show(result: Calibration, document: dict[str, Any], console: Console) -> No
             f"{choice['threshold']:.4f}",
             f"{choice['fpir_estimate']:.2g}",
             f"{choice['fpir_low']:.2g} to {choice['fpir_high']:.2g}",
-            f"{missed['estimate']:.2%} ({missed['low']:.2%} to {missed['high']:.2%})" if missed["trials"] else "-",
+            f"{missed['estimate']:.2%} ({missed['low']:.2%} to {missed['high']:.2%})" if missed else "-",
         )
     console.print(table)
     console.print(

@@ -54,8 +54,12 @@ def evaluate(
         float | None, typer.Option(help="The threshold to judge. Without: the gallery's, or the one for --fpir.")
     ] = None,
     fpir: Annotated[
-        float, typer.Option(help="What is asked of it: the share of people not in the gallery who may alert.")
-    ] = 0.001,
+        float | None,
+        typer.Option(
+            help="What is asked of it: the share of people not in the gallery who may alert. Without: what was asked "
+            "when the gallery was made, else 0.001."
+        ),
+    ] = None,
     fnir: Annotated[
         float | None, typer.Option(help="What is asked of it: the share of people in the gallery who may be missed.")
     ] = None,
@@ -91,6 +95,7 @@ def evaluate(
     from matcher_service.evaluation.evaluation import evaluate as evaluated
     from matcher_service.evaluation.labelled import load_labelled
     from matcher_service.evaluation.verdict import Answer, judge
+    from matcher_service.evidence import in_words
 
     searched = load_labelled(probes)
     held = load_labelled(references) if references else None
@@ -112,9 +117,13 @@ def evaluate(
             )
         )
         test = _Test(api, progress, gallery, requested_by, rank_max, server, token_file, ca_file)
-        searches, held_space, own_threshold = test.run(searched, held, space_from(space) if space else None)
+        searches, held_space, own = test.run(searched, held, space_from(space) if space else None)
         table = held_space.score_table
-        judged = _threshold(threshold, own_threshold, fpir, searches, held_space)
+        known = own and own.get("evidence")
+        target = (known and known["one_false_alert_in"]) or 1000
+        wanted = 1 / target if fpir is None else fpir
+        own_threshold = None if own is None else float(own["threshold"])
+        judged = _threshold(threshold, own_threshold, wanted, searches, held_space)
         lost = (
             _lost(held_space, held, searched, judged, rank_max, confidence, progress)
             if compare_approximate and held is not None
@@ -125,11 +134,12 @@ def evaluate(
             gallery=gallery,
             space=str(held_space.id),
             threshold=judged,
-            fpir_wanted=fpir,
+            fpir_wanted=wanted,
             fnir_wanted=fnir,
             confidence=confidence,
             seed=seed,
             credit=credit,
+            on_record=tuple(in_words(known)) if judged == own_threshold else (),
         )
         result = evaluated(searches, plan, table, lost)
         verdict = judge(result)
@@ -223,8 +233,8 @@ class _Test:
 
     def run(
         self, searched: LabelledSet, held: LabelledSet | None, space: SpaceId | None
-    ) -> tuple[Searches, TemplateSpace, float | None]:
-        """The searches, the space, and the threshold of an existing gallery."""
+    ) -> tuple[Searches, TemplateSpace, dict[str, Any] | None]:
+        """The searches, the space, and the document of an existing gallery."""
         from matcher_service.commands.http_api import path_of
         from matcher_service.commands.labelled_files import registered_space
         from matcher_service.evaluation.searches import searches_of
@@ -232,13 +242,13 @@ class _Test:
 
         with ExitStack() as made:
             if held is None:
-                found = self.api.get(path_of("galleries", self.gallery))
-                space, floor = SpaceId(**found["space"]), float(found["threshold"])
+                own = self.api.get(path_of("galleries", self.gallery))
+                space, floor = SpaceId(**own["space"]), float(own["threshold"])
                 listed = list(
                     self.api.pages(path_of("galleries", self.gallery, "references"), "references", "after", 0)
                 )
                 enrolled, synthetic = {one["subject_id"] for one in listed}, frozenset[str]()
-                references, own = len(listed), floor
+                references = len(listed)
             else:
                 assert space is not None
                 made.enter_context(self._own_gallery(space))

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from matcher_service import evidence
 from matcher_service.commands.http_api import api_to, path_of
 from matcher_service.commands.options import HTTP_URL, AsJson, CaFile, Http, Reason, TokenFile, space_from
 from matcher_service.commands.output import print_fields, print_json, print_rows
@@ -38,14 +39,24 @@ OneFalseAlertIn = Annotated[
 Adjudicators = Annotated[int, typer.Option(min=1, max=2, help="People who must judge an alert.")]
 
 
-def _promised(done: dict[str, Any]) -> str:
-    """What a threshold computed for a target promises, in words; "" if it was given."""
-    if "fpir_high" not in done:
-        return ""
-    return (
-        f" Threshold {done['threshold']:.4f}: of unmated probes {done['fpir_estimate']:.2g} alert "
-        f"({done['fpir_low']:.2g} to {done['fpir_high']:.2g}) with {done['references']:,} references."
-    )
+def _say(done: dict[str, Any]) -> None:
+    """A gallery's threshold, with what is on record of it."""
+    typer.echo(f"Threshold {done['threshold']:.4f}.")
+    for sentence in evidence.in_words(done["evidence"]):
+        typer.echo(f"  {sentence}")
+
+
+def _show(found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(found)
+        return
+    then, now = found.pop("evidence"), found.pop("evidence_now")
+    print_fields(found)
+    _say({**found, "evidence": then})
+    if now is not None:
+        typer.echo(f"The template space has been calibrated anew since. By calibration {now['calibration_sequence']}:")
+        for sentence in evidence.in_words(now):
+            typer.echo(f"  {sentence}")
 
 
 @galleries.command("list")
@@ -108,7 +119,8 @@ def create_gallery(
     if as_json:
         print_json(done)
     else:
-        typer.echo(f"Created gallery {gallery_id} (sequence {done['sequence']}).{_promised(done)}")
+        typer.echo(f"Created gallery {gallery_id} (sequence {done['sequence']}).")
+        _say(done)
 
 
 @galleries.command("show")
@@ -122,7 +134,7 @@ def show_gallery(
     """Describe a gallery."""
     with api_to(http, token_file, ca_file) as api:
         found = api.get(path_of("galleries", gallery_id))
-    (print_json if as_json else print_fields)(found)
+    _show(found, as_json)
 
 
 @galleries.command("threshold")
@@ -158,6 +170,7 @@ def change_threshold(
         return
     print_rows(rates, ("measure", "group", "before", "after"), "")
     typer.echo(f"Threshold of {gallery_id}: {now:g} before, {threshold:g} from now on (sequence {done['sequence']}).")
+    _say(done)
 
 
 @galleries.command("delete")
@@ -205,7 +218,7 @@ def show_watchlist(
     """Describe a watchlist."""
     with api_to(http, token_file, ca_file) as api:
         found = api.get(path_of("watchlists", gallery_id))
-    (print_json if as_json else print_fields)(found)
+    _show(found, as_json)
 
 
 @watchlists.command("create")
@@ -252,9 +265,8 @@ def create_watchlist(
     if as_json:
         print_json(done)
     else:
-        typer.echo(
-            f"Built watchlist {gallery_id} (sequence {done['sequence']}); it waits for approval.{_promised(done)}"
-        )
+        typer.echo(f"Built watchlist {gallery_id} (sequence {done['sequence']}); it waits for approval.")
+        _say(done)
 
 
 @watchlists.command("approve")
@@ -277,6 +289,7 @@ def approve_watchlist(
     else:
         state = "is approved" if done["approved"] else "is open to change, and not searched"
         typer.echo(f"Watchlist {gallery_id} {state} (sequence {done['sequence']}).")
+        _say(done)
 
 
 @spaces.command("list")

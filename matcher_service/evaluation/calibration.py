@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,9 +12,9 @@ from matcher_service.drift import Drift, drift
 from matcher_service.errors import InvalidInput
 from matcher_service.evaluation.comparisons import Comparisons, at_or_above, compare_all, edges
 from matcher_service.evaluation.impostor_tail import ImpostorTail, effective_comparisons, fit_tail, score_table
-from matcher_service.evaluation.intervals import Rate, clopper_pearson, dyadic_variance, few_clusters
+from matcher_service.evaluation.intervals import clopper_pearson, dyadic_variance, few_clusters
 from matcher_service.evaluation.labelled import LabelledSet
-from matcher_service.evaluation.thresholds import false_non_match_rate
+from matcher_service.evaluation.thresholds import genuine_table
 from matcher_service.models.promise import Promise, promise, threshold_for
 from matcher_service.terms import Float32, Int64, ScoreTable
 
@@ -37,11 +37,10 @@ class GroupRate(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The threshold for a size, and what it misses; or why there is none."""
+    """The threshold for a size, and what is promised of it; or why there is none."""
 
     references: int
     promised: Promise | None
-    missed: Rate | None
     refusal: str
 
 
@@ -92,13 +91,7 @@ class Calibration:
             else {},
             "genuine_comparisons": len(genuine),
             "impostor_histogram": coarse(self.comparisons.histogram).tolist(),
-            "table": {
-                "scores": list(table.scores),
-                "rates": list(table.rates),
-                "estimates": list(table.estimates),
-                "low_rates": list(table.low_rates),
-                "confidence": table.confidence,
-            },
+            "table": {name: value for name, value in asdict(table).items() if name != "method"},
             "fpir_wanted": self.fpir_wanted,
             "references_max": self.references_max,
             "thresholds": [_choice(one) for one in self.choices],
@@ -122,8 +115,8 @@ def calibrate(
     rng = np.random.default_rng(seed)
     comparisons = compare_all(units, labels.subjects, groups, rng=rng, advance=advance)
     tail = fit_tail(comparisons, confidence)
-    table = score_table(tail, source)
-    choices = tuple(_chosen(table, fpir_wanted, size, comparisons, confidence) for size in sizes)
+    table = replace(score_table(tail, source), genuine=genuine_table(comparisons, confidence))
+    choices = tuple(_chosen(table, fpir_wanted, size) for size in sizes)
     return Calibration(comparisons, tail, table, fpir_wanted, choices, _by_group(comparisons, confidence))
 
 
@@ -151,12 +144,11 @@ def drift_from(earlier: dict[str, Any], later: dict[str, Any]) -> Drift:
     return drift(before, now, scores_per_independent=max(1.0, now.sum() * subjects / (worth * later["subjects"])))
 
 
-def _chosen(table: ScoreTable, fpir_wanted: float, size: int, comparisons: Comparisons, confidence: float) -> Choice:
+def _chosen(table: ScoreTable, fpir_wanted: float, size: int) -> Choice:
     try:
-        promised = threshold_for(table, fpir_wanted, size)
+        return Choice(size, threshold_for(table, fpir_wanted, size), "")
     except InvalidInput as refusal:
-        return Choice(size, None, None, refusal.detail)
-    return Choice(size, promised, false_non_match_rate(comparisons, promised.threshold, confidence), "")
+        return Choice(size, None, refusal.detail)
 
 
 def _by_group(comparisons: Comparisons, confidence: float) -> tuple[GroupRate, ...]:
@@ -206,6 +198,6 @@ def _choice(one: Choice) -> dict[str, Any]:
         "fpir_low": promised.fpir_low if promised else None,
         "fpir_high": promised.fpir_high if promised else None,
         "references_max": promised.references_max if promised else None,
-        "false_non_match_rate": one.missed._asdict() if one.missed else None,
+        "false_non_match_rate": promised.fnir._asdict() if promised and promised.fnir else None,
         "refusal": one.refusal,
     }

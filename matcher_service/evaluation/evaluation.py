@@ -28,7 +28,8 @@ BINS = 80
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What was asked of the test. `fpir_wanted`: the share of unmated searches that may alert. `fnir_wanted`: the share
-    of mated searches that may be missed; None: none was set."""
+    of mated searches that may be missed; None: none was set. `on_record`: what the gallery has on record of the
+    threshold, in sentences."""
 
     title: str
     gallery: str
@@ -39,6 +40,7 @@ class Plan:
     confidence: float = 0.95
     seed: int = 1
     credit: str = ""
+    on_record: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

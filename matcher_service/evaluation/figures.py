@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -80,6 +81,7 @@ def document(evaluation: Evaluation, verdict: Verdict) -> dict[str, Any]:
             "answer": verdict.answer.value,
             "headline": verdict.headline,
             "meaning": verdict.meaning,
+            "expected": list(verdict.expected),
             "questions": [one._asdict() for one in verdict.questions],
         },
         "plan": {name: getattr(plan, name) for name in plan.__slots__},
@@ -99,7 +101,7 @@ def document(evaluation: Evaluation, verdict: Verdict) -> dict[str, Any]:
         },
         "promised_by_calibration": None
         if promised is None
-        else {name: getattr(promised, name) for name in promised.__slots__},
+        else {**dataclasses.asdict(promised), "fnir": promised.fnir and promised.fnir._asdict()},
         "score_table_method": evaluation.table.method if evaluation.table else None,
         "groups": [
             {

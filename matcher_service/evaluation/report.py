@@ -10,7 +10,8 @@ from html import escape
 from matcher_service.evaluation.evaluation import Evaluation
 from matcher_service.evaluation.intervals import Rate
 from matcher_service.evaluation.plots import Plot
-from matcher_service.evaluation.verdict import Answer, Verdict, one_in
+from matcher_service.evaluation.verdict import Answer, Verdict
+from matcher_service.evidence import one_in
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -20,13 +21,14 @@ h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem; }
 .verdict { border-left: .5rem solid; padding: .7rem 1.1rem; border-radius: .3rem; }
 .verdict p { margin: .3rem 0 0; }
 .headline { font-size: 1.5rem; font-weight: 700; line-height: 1.25; }
-.Yes { border-color: #2c7a3f; background: #eef7f0; } .No { border-color: #b3391f; background: #fbefec; }
-.Not { border-color: #b07a10; background: #fdf6e7; }
+.verdict.Yes { border-color: #2c7a3f; background: #eef7f0; }
+.verdict.No { border-color: #b3391f; background: #fbefec; }
+.verdict.Not { border-color: #b07a10; background: #fdf6e7; }
+.verdict ul { margin: .5rem 0 0; padding-left: 1.2rem; }
 table { border-collapse: collapse; width: 100%; margin: 1rem 0; font-size: .95rem; }
 td, th { text-align: left; vertical-align: top; padding: .45rem .6rem; border-bottom: 1px solid #e4e8ec; }
 .answer { font-weight: 700; white-space: nowrap; }
-.answer.Yes { color: #2c7a3f; background: none; } .answer.No { color: #b3391f; background: none; }
-.answer.Not { color: #8a5d05; background: none; }
+.answer.Yes { color: #2c7a3f; } .answer.No { color: #b3391f; } .answer.Not { color: #8a5d05; }
 .settle { color: #51606e; } .settle::before { content: "To settle it: "; font-weight: 600; }
 .number { font-variant-numeric: tabular-nums; white-space: nowrap; }
 figure { margin: 0 0 1.6rem; } figcaption { color: #51606e; font-size: .95rem; }
@@ -45,7 +47,7 @@ def html(evaluation: Evaluation, verdict: Verdict, plots: Sequence[Plot]) -> str
         f"<title>{escape(plan.title)}</title><style>{_STYLE}</style></head><body>",
         f"<h1>{escape(plan.title)}</h1>",
         f'<div class="verdict {_class(verdict.answer)}"><div class="headline">{escape(verdict.headline)}</div>',
-        f"<p>{escape(verdict.meaning)}</p></div>",
+        f"<p>{escape(verdict.meaning)}</p>{_list(verdict.expected)}</div>",
         _questions(verdict),
         _words(evaluation),
         "<h2>At the threshold</h2>",
@@ -60,6 +62,10 @@ def html(evaluation: Evaluation, verdict: Verdict, plots: Sequence[Plot]) -> str
         "</body></html>",
     ]
     return "\n".join(part for part in parts if part) + "\n"
+
+
+def _list(sentences: Sequence[str]) -> str:
+    return f"<ul>{''.join(f'<li>{escape(one)}</li>' for one in sentences)}</ul>" if sentences else ""
 
 
 def _class(answer: Answer) -> str:
@@ -127,11 +133,20 @@ def _promise(evaluation: Evaluation) -> str:
         if promised.references_max
         else f"it does not promise the {one_in(promised.fpir_wanted)} asked for at any size"
     )
+    fnir = promised.fnir
+    missed = (
+        "It does not say how many people are missed."
+        if fnir is None
+        else f"It put missed people at {_percent(fnir.estimate)} ({_percent(fnir.low)} to {_percent(fnir.high)}), if "
+        "each has one reference."
+    )
+    on_record = evaluation.plan.on_record
     return (
         f"<p>Before this test, the calibration of the template space put false alerts at this threshold and size at "
         f"{_percent(promised.fpir_estimate)} ({_percent(promised.fpir_low)} to {_percent(promised.fpir_high)}); "
-        f"{reach}."
-        f"</p><p><small>{escape(evaluation.table.method if evaluation.table else '')}</small></p>"
+        f"{reach}. {missed}</p>"
+        + (f"<p>On record with the gallery:</p>{_list(on_record)}" if on_record else "")
+        + f"<p><small>{escape(evaluation.table.method if evaluation.table else '')}</small></p>"
     )
 
 

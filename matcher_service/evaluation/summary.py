@@ -8,7 +8,8 @@ from rich.text import Text
 
 from matcher_service.evaluation.evaluation import Evaluation
 from matcher_service.evaluation.intervals import Rate
-from matcher_service.evaluation.verdict import Answer, Verdict, one_in
+from matcher_service.evaluation.verdict import Answer, Verdict
+from matcher_service.evidence import one_in
 
 _STYLES = {Answer.YES: "green", Answer.NO: "bold red", Answer.NOT_SHOWN: "yellow"}
 
@@ -17,6 +18,8 @@ def show(evaluation: Evaluation, verdict: Verdict, console: Console) -> None:
     """The verdict, its questions, and the figures at the threshold."""
     console.print(Text(verdict.headline, style=f"bold {_STYLES[verdict.answer]}"))
     console.print(Text(verdict.meaning))
+    for sentence in verdict.expected:
+        console.print(Text(f"  - {sentence}"))
     for one in verdict.questions:
         line = Text("  ")
         line.append(f"{one.answer.value:<9}  ", style=_STYLES[one.answer])

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from matcher_service.evaluation.demographics import RATIO_OF_CONCERN, Differential, Finding
 from matcher_service.evaluation.evaluation import Evaluation
 from matcher_service.evaluation.intervals import Rate
+from matcher_service.evidence import one_in
 
 FAILURES_MAX = 0.01
 
@@ -33,13 +34,20 @@ class Question(NamedTuple):
 
 
 class Verdict(NamedTuple):
+    """`expected`: the two error rates as numbers of people, a sentence each."""
+
     answer: Answer
     headline: str
     meaning: str
     questions: tuple[Question, ...]
+    expected: tuple[str, ...] = ()
 
 
 def judge(evaluation: Evaluation) -> Verdict:
+    return _judged(evaluation)._replace(expected=_expected(evaluation))
+
+
+def _judged(evaluation: Evaluation) -> Verdict:
     questions = (
         _false_alerts(evaluation),
         _missed(evaluation),
@@ -86,19 +94,30 @@ def judge(evaluation: Evaluation) -> Verdict:
     )
 
 
-def one_in(rate: float) -> str:
-    """A rate as people say it."""
-    if math.isnan(rate):
-        return "unknown"
-    if rate <= 0.0:
-        return "none"
-    if rate >= 0.995:
-        return "all"
-    if rate > 1 / 3:
-        return f"{rate:.0%}"
-    every = 1.0 / rate
-    digits = 10 ** max(0, math.floor(math.log10(every)) - 1)
-    return f"1 in {round(every / digits) * digits:,.0f}"
+def _expected(evaluation: Evaluation) -> tuple[str, ...]:
+    """What the rates mean for people who walk past, in numbers that need no division."""
+    asked = evaluation.plan
+    told = (
+        (
+            "who are not in the gallery",
+            "wrongly alerted on",
+            evaluation.real_fpir or evaluation.fpir,
+            asked.fpir_wanted,
+        ),
+        ("who are in the gallery", "missed", evaluation.real_fnir or evaluation.fnir, asked.fnir_wanted),
+    )
+    return tuple(_in_people(who, what, rate, wanted) for who, what, rate, wanted in told if rate.is_measured)
+
+
+def _in_people(who: str, what: str, rate: Rate, wanted: float | None) -> str:
+    least = min(one for one in (rate.estimate, rate.high, wanted or 1.0) if one > 0)
+    people = next((one for one in (100, 1_000, 10_000, 100_000) if least * one >= 1), 1_000_000)
+    seen, most = round(rate.estimate * people), math.ceil(rate.high * people)
+    allowed = "" if wanted is None else f" Asked for: at most {round(wanted * people):,}."
+    return (
+        f"Of {people:,} people {who}, expect {'none' if seen == 0 else f'about {seen:,}'} to be {what}; "
+        f"this test cannot rule out {most:,}.{allowed}"
+    )
 
 
 def _false_alerts(evaluation: Evaluation) -> Question:

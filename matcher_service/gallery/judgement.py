@@ -283,7 +283,12 @@ class _Judge:
             raise LogUnavailable(
                 f"the key of gallery {gallery_id} cannot be written: {broken.strerror}", hint="check the keys directory"
             ) from None
-        return self._catalogue("gallery.created", gallery_id, EntryKind.GALLERY_CREATED, gallery_id, record)
+        known: dict[str, object] = {}
+        if gallery.evidence is not None:
+            known["evidence"] = records.evidence_dict(gallery.evidence)
+        return self._catalogue(
+            "gallery.created", gallery_id, EntryKind.GALLERY_CREATED, gallery_id, record, _detail(known)
+        )
 
     def _change_threshold(self, write: ChangeThreshold) -> Receipt:
         gallery = self._state.galleries.get(write.gallery_id)
@@ -306,6 +311,7 @@ class _Judge:
                 "proposed_by": write.proposed_by,
                 "approved_by": write.approved_by,
                 "rates": [one._asdict() for one in write.rates],
+                "evidence": records.evidence_dict(write.evidence),
             }
         )
         return self._catalogue(

@@ -43,8 +43,9 @@ class CatalogueState:
                 self.galleries.pop(gallery_id, None)
                 self.deleted.add(gallery_id)
             case EntryKind.THRESHOLD_CHANGED:
-                gallery_id, threshold = records.decode_threshold_change(record)
-                self.galleries[gallery_id] = replace(self.galleries[gallery_id], threshold=threshold)
+                gallery_id, threshold, evidence = records.decode_threshold_change(record)
+                changed = records.with_threshold(self.galleries[gallery_id], threshold, evidence)
+                self.galleries[gallery_id] = changed
             case EntryKind.DEPLOYMENT_CREATED:
                 deployment = records.decode_deployment(record)
                 self.deployments[deployment.deployment_id] = deployment.ended_at_ms is not None

@@ -25,6 +25,7 @@ from matcher_service.gateway.json_bodies import (
     DeploymentBody,
     EnrolBody,
     GalleryBody,
+    GenuineTableBody,
     IdentifyBody,
     ScoreTableBody,
     SpaceBody,
@@ -37,11 +38,13 @@ from matcher_service.terms import (
     Case,
     Cause,
     ChangeThreshold,
+    CreateGallery,
     Deployment,
     Dtype,
     EnrolMessage,
     Float32,
     Gallery,
+    GenuineTable,
     Grounds,
     ProbeMessage,
     RateChange,
@@ -221,9 +224,9 @@ def _column(values: list[T]) -> tuple[T, ...]:
     return tuple(values) if any(values) else ()
 
 
-def gallery(data: bytes, author: str = "") -> tuple[Gallery, int]:
-    """The gallery, and of how many unmated probes one may alert (0: its threshold is given; else it is NaN). `author`
-    is who signed in: the author of a watchlist is then that person, whatever the body says."""
+def gallery(data: bytes, author: str = "") -> CreateGallery:
+    """The gallery; its threshold is NaN if a target is given for it. `author` is who signed in: the author of a
+    watchlist is then that person, whatever the body says."""
     sent = body(GalleryBody, data)
     if (sent.threshold is None) == (sent.one_false_alert_in == 0):
         raise InvalidInput(
@@ -251,7 +254,7 @@ def gallery(data: bytes, author: str = "") -> tuple[Gallery, int]:
         if sent.watchlist is None
         else Watchlist(sent.watchlist.deployment_id, tuple(sent.watchlist.categories), author or sent.watchlist.author),
     )
-    return held, sent.one_false_alert_in
+    return CreateGallery(held, sent.one_false_alert_in)
 
 
 def threshold_change(data: bytes, gallery_id: str) -> ChangeThreshold:
@@ -311,6 +314,19 @@ def _score_table(sent: ScoreTableBody) -> ScoreTable:
         tuple(sent.estimates),
         tuple(sent.low_rates),
         sent.confidence,
+        None if sent.genuine is None else _genuine_table(sent.genuine),
+    )
+
+
+def _genuine_table(sent: GenuineTableBody) -> GenuineTable:
+    return GenuineTable(
+        tuple(sent.scores),
+        tuple(sent.estimates),
+        tuple(sent.low_rates),
+        tuple(sent.high_rates),
+        sent.confidence,
+        sent.comparisons,
+        sent.subjects,
     )
 
 

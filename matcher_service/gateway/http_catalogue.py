@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
-from matcher_service import policy, records
+from matcher_service import evidence, policy, records
 from matcher_service.errors import NotFound
 from matcher_service.gateway import decode, decode_json
 from matcher_service.gateway.http_exchange import actor_of, documented, json_response, read_body, require_json
@@ -21,7 +20,6 @@ from matcher_service.terms import (
     Cause,
     CreateCase,
     CreateDeployment,
-    CreateGallery,
     DeleteGallery,
     Deployment,
     EndCase,
@@ -62,18 +60,27 @@ def router(service: Service) -> APIRouter:
         actor = actor_of(request)
         return {key: one for key, one in catalogue.cases.items() if policy.may_see(actor, one)}
 
+    def threshold_of(gallery_id: str) -> dict[str, Any]:
+        """The gallery's threshold, with what is on record of it."""
+        held = catalogue.galleries.get(gallery_id)
+        if held is None:
+            return {"gallery_id": gallery_id}
+        known = records.evidence_dict(held.evidence)
+        return {"gallery_id": gallery_id, "threshold": held.threshold, "evidence": known}
+
+    def described(gallery: Gallery) -> Response:
+        """`evidence_now` is what another calibration than that of the evidence says of the threshold, else null."""
+        now = evidence.superseded(gallery, catalogue)
+        return json_response({**records.gallery_dict(gallery), "evidence_now": records.evidence_dict(now)})
+
     # --- galleries and watchlists ----------------------------------------------------------------------
 
     @routes.post("/v1/galleries", openapi_extra=documented(GalleryBody), tags=["galleries"], status_code=201)
     async def create_gallery(request: Request, query: Annotated[NoQuery, Query()]) -> Response:
         """Create a gallery under one lawful basis, in one registered template space."""
-        gallery, one_false_alert_in = decode_json.gallery(await sent(request), actor_of(request).person)
-        told: dict[str, Any] = {"gallery_id": gallery.gallery_id}
-        if one_false_alert_in:
-            promise = policy.promise_of(gallery, one_false_alert_in, catalogue)
-            gallery = dataclasses.replace(gallery, threshold=promise.threshold)
-            told |= dataclasses.asdict(promise)
-        return await changed(CreateGallery(gallery), request, 201, **told)
+        wish = decode_json.gallery(await sent(request), actor_of(request).person)
+        receipt = await service.change(wish, actor_of(request))
+        return json_response({**threshold_of(wish.gallery.gallery_id), "sequence": receipt.sequence}, 201)
 
     @routes.get("/v1/galleries", tags=["galleries"])
     async def list_galleries(request: Request, query: Annotated[NoQuery, Query()]) -> Response:
@@ -82,14 +89,16 @@ def router(service: Service) -> APIRouter:
     @routes.get("/v1/galleries/{gallery_id}", tags=["galleries"])
     async def describe_gallery(gallery_id: str, request: Request, query: Annotated[NoQuery, Query()]) -> Response:
         found = _named(gallery_id, galleries_of(request), "gallery_id", Cause.UNKNOWN_GALLERY)
-        return json_response(records.gallery_dict(found))
+        return described(found)
 
     @routes.post("/v1/galleries/{gallery_id}/threshold", openapi_extra=documented(ThresholdBody), tags=["galleries"])
     async def change_threshold(gallery_id: str, request: Request, query: Annotated[NoQuery, Query()]) -> Response:
         """Give the gallery another threshold: a reason, what it does to the error rates, and two persons."""
         change = decode_json.threshold_change(await sent(request), gallery_id)
         # Authenticated persons come by /v1/proposals; here the two are named and nobody has checked them.
-        return await changed(change, request, gallery_id=gallery_id, threshold=change.threshold, persons="stated")
+        receipt = await service.change(change, actor_of(request))
+        told = {**threshold_of(gallery_id), "threshold": change.threshold, "persons": "stated"}
+        return json_response({**told, "sequence": receipt.sequence})
 
     @routes.delete("/v1/galleries/{gallery_id}", tags=["galleries"])
     async def delete_gallery(gallery_id: str, request: Request, query: Annotated[Reason, Query()]) -> Response:
@@ -106,7 +115,7 @@ def router(service: Service) -> APIRouter:
     @routes.get("/v1/watchlists/{gallery_id}", tags=["galleries"])
     async def describe_watchlist(gallery_id: str, request: Request, query: Annotated[NoQuery, Query()]) -> Response:
         watchlists = {key: one for key, one in galleries_of(request).items() if one.kind is GalleryKind.WATCHLIST}
-        return json_response(records.gallery_dict(_named(gallery_id, watchlists, "gallery_id", Cause.UNKNOWN_GALLERY)))
+        return described(_named(gallery_id, watchlists, "gallery_id", Cause.UNKNOWN_GALLERY))
 
     # --- template spaces -------------------------------------------------------------------------------
 

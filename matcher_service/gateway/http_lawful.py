@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
-from matcher_service import policy
+from matcher_service import policy, records
 from matcher_service.access import bands
 from matcher_service.errors import InvalidInput, NotFound
 from matcher_service.gateway import decode, decode_json, encode_json
@@ -34,7 +34,10 @@ def router(service: Service, alerts: AlertRecords) -> APIRouter:
         body, actor = decode_json.body(ApprovalBody, await sent(request)), actor_of(request)
         by = _person(actor, body.approved_by, "approved_by")
         receipt = await service.change(ApproveWatchlist(gallery_id, by, body.reason, body.approved), actor)
-        return json_response({"gallery_id": gallery_id, "approved": body.approved, "sequence": receipt.sequence})
+        held = service.catalogue.galleries.get(gallery_id)
+        known = {} if held is None else {"threshold": held.threshold, "evidence": records.evidence_dict(held.evidence)}
+        told = {"gallery_id": gallery_id, "approved": body.approved, **known}
+        return json_response({**told, "sequence": receipt.sequence})
 
     @routes.post("/v1/subjects/{subject_id}/ground-ended", openapi_extra=documented(GroundEndBody), tags=["references"])
     async def end_ground(subject_id: str, request: Request, query: Annotated[NoQuery, Query()]) -> Response:

@@ -191,6 +191,16 @@ class SpaceMapBody(Body):
     matrix: Numbers
 
 
+class GenuineTableBody(Body):
+    scores: list[float] = Field(description="Ascending.")
+    estimates: list[float] = Field(description="Share of comparisons of people with themselves below each score.")
+    low_rates: list[float] = Field(description="Lower limits.")
+    high_rates: list[float] = Field(description="Upper limits.")
+    confidence: float = Field(ge=0.0, lt=1.0, description="Of the interval from low_rates to high_rates.")
+    comparisons: int = Field(ge=1, le=INT64_MAX)
+    subjects: int = Field(ge=1, le=INT64_MAX)
+
+
 class ScoreTableBody(Body):
     scores: list[float] = Field(description="Ascending.")
     rates: list[float] = Field(description="False-match rate at each score; non-increasing, in (0, 1].")
@@ -198,6 +208,7 @@ class ScoreTableBody(Body):
     estimates: list[float] = Field([], description="Best estimates at the same scores, of which rates are the limits.")
     low_rates: list[float] = Field([], description="Lower limits at the same scores.")
     confidence: float = Field(0.0, ge=0.0, lt=1.0, description="Of the interval from low_rates to rates; 0: unknown.")
+    genuine: GenuineTableBody | None = Field(None, description="What the same set says of people whom it would miss.")
 
 
 class TemplateSpaceBody(Body):

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import betaincinv
 
 from matcher_service.errors import InvalidInput
-from matcher_service.terms import Float64, ScoreTable
+from matcher_service.terms import Float64, GenuineTable, ScoreTable
 
 # A table keeps every one of the highest scores and thins the rest, so that neighbours differ by at most this ratio.
 _RATE_RATIO_MAX = 1.05
@@ -132,7 +132,8 @@ def measure_table(
 
 
 def check_table(table: ScoreTable) -> None:
-    """Raises InvalidInput unless scores ascend strictly and rates stay in (0, 1] and do not rise."""
+    """Raises InvalidInput unless scores ascend strictly, and rates stay in (0, 1] and do not rise; of the genuine
+    scores, rates stay in [0, 1] and do not fall."""
     ascending = all(before < after for before, after in pairwise(table.scores))
     falling = all(before >= after for before, after in pairwise(table.rates))
     finite = all(math.isfinite(one) for one in table.scores) and all(0.0 < one <= 1.0 for one in table.rates)
@@ -140,6 +141,26 @@ def check_table(table: ScoreTable) -> None:
         raise InvalidInput(
             "the score table needs as many rates as scores, scores ascending, rates in (0, 1] and not rising",
             field="score_table",
+            hint="measure it with `matcher calibrate`",
+        )
+    if table.genuine is not None:
+        _check_genuine(table.genuine)
+
+
+def _check_genuine(table: GenuineTable) -> None:
+    columns = (table.estimates, table.low_rates, table.high_rates)
+    rising = all(before < after for before, after in pairwise(table.scores)) and all(
+        before <= after for one in columns for before, after in pairwise(one)
+    )
+    between = all(
+        0.0 <= low <= estimate <= high <= 1.0
+        for estimate, low, high in zip(*columns, strict=False)  # their lengths are looked at below
+    )
+    of_one_length = {len(table.scores)} == {len(one) for one in columns} and len(table.scores) > 0
+    if not (of_one_length and rising and between and all(math.isfinite(one) for one in table.scores)):
+        raise InvalidInput(
+            "the genuine scores need estimates between low_rates and high_rates, as many as scores, all ascending",
+            field="score_table.genuine",
             hint="measure it with `matcher calibrate`",
         )
 

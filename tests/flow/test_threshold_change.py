@@ -122,4 +122,7 @@ async def test_the_command_takes_the_rates_from_two_reports_and_refuses_those_of
     stored = json.loads(entry.record)
     assert {"measure": "FPIR", "group": "B", "before": 0.002, "after": 0.05} in stored["rates"]
     assert stored["threshold_before"] == 0.5
-    assert records.decode_threshold_change(entry.record) == ("custody", 0.4)
+    gallery_id, threshold, known = records.decode_threshold_change(entry.record)
+    assert (gallery_id, threshold) == ("custody", 0.4)
+    assert known is not None
+    assert "not calibrated" in known.not_supported

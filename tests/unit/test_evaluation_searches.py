@@ -14,6 +14,7 @@ from matcher_service.evaluation import figures, report
 from matcher_service.evaluation.approximate import mates_lost
 from matcher_service.evaluation.demographics import Finding, differentials
 from matcher_service.evaluation.evaluation import Plan, evaluate
+from matcher_service.evaluation.intervals import Rate
 from matcher_service.evaluation.labelled import labelled
 from matcher_service.evaluation.plots import plots
 from matcher_service.evaluation.searches import (
@@ -25,7 +26,8 @@ from matcher_service.evaluation.searches import (
     fpir_curve,
     searches_of,
 )
-from matcher_service.evaluation.verdict import Answer, judge, one_in
+from matcher_service.evaluation.verdict import Answer, _in_people, judge
+from matcher_service.evidence import one_in
 from matcher_service.terms import Candidate, Decision, Outcome
 
 SEED = 19795
@@ -245,6 +247,31 @@ def test_made_up_references_never_count_as_people():
 )
 def test_rates_are_told_as_people_tell_them(rate: float, words: str):
     assert one_in(rate) == words
+
+
+@pytest.mark.parametrize(
+    ("rate", "wanted", "words"),
+    [
+        (
+            Rate(3, 200, 40, 40.0, 0.015, 4e-5, 0.115, 0.95),
+            0.05,
+            "Of 100 people out there, expect about 2 to be seen; this test cannot rule out 12. Asked for: at most 5.",
+        ),
+        (
+            Rate(0, 200, 40, 40.0, 0.0, 0.0, 0.0881, 0.95),
+            None,
+            "Of 100 people out there, expect none to be seen; this test cannot rule out 9.",
+        ),
+        (
+            Rate(30, 10**5, 9000, 9000.0, 3e-4, 2e-4, 6.01e-4, 0.95),
+            0.001,
+            "Of 10,000 people out there, expect about 3 to be seen; this test cannot rule out 7. "
+            "Asked for: at most 10.",
+        ),
+    ],
+)
+def test_rates_are_told_as_numbers_of_people(rate: Rate, wanted: float | None, words: str):
+    assert _in_people("out there", "seen", rate, wanted) == words
 
 
 def test_every_curve_and_rate_stands_in_the_json_and_in_the_csv_with_its_limits():

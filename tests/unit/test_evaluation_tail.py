@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from scipy.stats import beta
+from scipy.stats import beta, norm
 
 from matcher_service.errors import InvalidInput
 from matcher_service.evaluation import generalised_pareto as gp
 from matcher_service.evaluation.comparisons import BINS, Comparisons, Tail, at_or_above, compare_all, edges
 from matcher_service.evaluation.generalised_pareto import Pareto
 from matcher_service.evaluation.impostor_tail import fit_tail, score_table
-from matcher_service.evaluation.thresholds import false_alerts, false_non_match_rate
-from matcher_service.models.promise import promise, threshold_for
+from matcher_service.evaluation.intervals import clopper_pearson
+from matcher_service.evaluation.thresholds import false_alerts, genuine_table
+from matcher_service.models.promise import missed, promise, threshold_for, threshold_limits
 from matcher_service.models.score_calibrator import check_table, false_match_rates
+from matcher_service.terms import ScoreTable
 
 SIMULATIONS = 200
 COVERAGE_MIN = 0.95 - 3 * np.sqrt(0.95 * 0.05 / SIMULATIONS)
@@ -306,12 +311,83 @@ def test_a_lower_threshold_promises_a_higher_rate(tail_of_20_million):
     assert rates[0] > rates[1] > rates[2] > 0
 
 
-def test_genuine_scores_below_the_threshold_are_counted_by_subject():
+def test_the_threshold_of_a_target_is_known_within_limits_that_narrow_with_the_data(tail_of_20_million):
+    table = score_table(tail_of_20_million, "simulated")
+    few = score_table(
+        fit_tail(compare_all(unit(np.random.default_rng(SEED).normal(size=(700, 48))), np.arange(700),
+                             rng=np.random.default_rng(SEED))), "simulated"
+    )  # fmt: skip
+    wide, narrow = threshold_limits(few, 0.05, 100), threshold_limits(table, 0.05, 100)
+    for one in (wide, narrow):
+        assert one.low < one.estimate < one.high
+    # The law is known here: the true threshold lies within.
+    true = score_of_rate(-np.expm1(np.log1p(-0.05) / 100), 48)
+    assert narrow.low <= true <= narrow.high
+    assert narrow.high - narrow.low < wide.high - wide.low
+    assert threshold_for(table, 0.05, 100).threshold == narrow.high
+
+
+def test_beyond_the_end_of_a_table_nothing_is_known_of_how_low_a_rate_is(tail_of_20_million):
+    table = score_table(tail_of_20_million, "simulated")
+    within, beyond = (promise(table, table.scores[-1] + more, 0.01, 1000) for more in (-1e-3, 1e-3))
+    assert within.fpir_low > 0
+    assert beyond.fpir_low == 0
+    assert 0 < beyond.fpir_high <= within.fpir_high
+
+
+# --- whom a threshold misses -------------------------------------------------------------------------------
+
+
+def of_genuine(scores: NDArray[np.float64], subjects: NDArray[np.int64]) -> Comparisons:
+    """Comparisons of which only those of people with themselves matter."""
+    one = counted(np.zeros(30), 3, np.random.default_rng(1))
+    return dataclasses.replace(one, genuine=scores, genuine_subject=subjects)
+
+
+def test_genuine_scores_below_a_score_are_counted_and_what_stands_between_two_is_never_too_narrow():
     rng = np.random.default_rng(SEED)
     people = np.repeat(rng.normal(size=(50, 24)), 4, axis=0)
     found = compare_all(unit(people + 0.5 * rng.normal(size=people.shape)), np.repeat(np.arange(50), 4), rng=rng)
-    rate = false_non_match_rate(found, 0.7)
-    assert (rate.trials, rate.subjects) == (300, 50)
-    assert rate.events == int((found.genuine < 0.7).sum()) > 0
-    assert rate.low < rate.estimate < rate.high
-    assert rate.effective_trials < rate.trials
+    table = genuine_table(found)
+    assert (table.comparisons, table.subjects) == (300, 50)
+    check_table(ScoreTable((0.0, 1.0), (1.0, 0.5), "made up", genuine=table))
+    below = [float((found.genuine < one).mean()) for one in table.scores]
+    assert table.estimates == pytest.approx(below)
+    assert (table.estimates[0], table.estimates[-1]) == (0.0, 1.0)
+    assert np.diff(table.estimates).max() < 0.02
+    for before, after in itertools.pairwise(table.scores):
+        between = missed(table, (before + after) / 2)
+        assert between.low == missed(table, before).low
+        assert between.high == missed(table, after).high
+    lowest, highest = missed(table, -1.0), missed(table, 1.0)
+    assert (lowest.estimate, lowest.low) == (0.0, 0.0)
+    assert 0 < lowest.high < 0.1
+    assert (highest.estimate, highest.high) == (1.0, 1.0)
+    assert 0.9 < highest.low < 1
+
+
+def test_without_two_templates_of_anybody_nothing_is_said_of_whom_a_threshold_misses():
+    rng = np.random.default_rng(SEED)
+    assert genuine_table(compare_all(unit(rng.normal(size=(40, 16))), np.arange(40), rng=rng)) is None
+
+
+def test_the_share_of_people_missed_is_held_at_the_stated_coverage_though_some_are_harder_to_recognise():
+    """Each person has a level of their own, so that their comparisons fail together."""
+    print(f"seed {SEED}")
+    rng = np.random.default_rng(SEED)
+    subjects, each = 80, 6
+    truth = {rate: float(norm.ppf(rate, 0.6, np.hypot(0.1, 0.08))) for rate in (0.02, 0.1, 0.5)}
+    kept = {rate: [] for rate in truth}
+    ignored = {rate: [] for rate in truth}
+    for _ in range(SIMULATIONS):
+        scores = (rng.normal(0.6, 0.1, (subjects, 1)) + rng.normal(0, 0.08, (subjects, each))).ravel()
+        table = genuine_table(of_genuine(scores, np.repeat(np.arange(subjects), each)))
+        for rate, threshold in truth.items():
+            found = missed(table, threshold)
+            kept[rate].append(found.low <= rate <= found.high)
+            alone = clopper_pearson((scores < threshold).sum(), len(scores))
+            ignored[rate].append(alone[0] <= rate <= alone[1])
+    print({rate: (np.mean(kept[rate]), np.mean(ignored[rate])) for rate in truth})
+    for results in kept.values():
+        assert np.mean(results) >= COVERAGE_MIN
+    assert min(map(np.mean, ignored.values())) < COVERAGE_MIN
