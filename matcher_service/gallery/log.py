@@ -11,7 +11,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -174,7 +174,8 @@ class SqlGalleryLog:
         self._head = 0
         self._newest_at_ms = 0
         self._gone: DataDamaged | None = None
-        self._waiting: dict[asyncio.Future[None], asyncio.AbstractEventLoop] = {}
+        # Who waits for news: beyond which sequence, and on which loop.
+        self._waiting: dict[asyncio.Future[None], tuple[int, asyncio.AbstractEventLoop]] = {}
         self._closed = False
 
     @property
@@ -459,6 +460,7 @@ class SqlGalleryLog:
         except (SQLAlchemyError, OSError):
             newest = None
         self._tell(*(newest or (0, 0)))
+        self._wake_all()
 
     # --- news --------------------------------------------------------------------------------------
 
@@ -475,7 +477,7 @@ class SqlGalleryLog:
         with self._news:
             if self._head > sequence or self._closed:
                 return
-            self._waiting[news] = loop
+            self._waiting[news] = (sequence, loop)
         try:
             await news
         finally:
@@ -489,18 +491,23 @@ class SqlGalleryLog:
             "the shards without their data directories",
         )
         _log.critical("%s", self._gone)
-        self._tell(0, 0)
+        self._wake_all()
 
     def _tell(self, head: int, at_ms: int) -> None:
         with self._news:
             self._head = max(self._head, head)
             self._newest_at_ms = max(self._newest_at_ms, at_ms)
-            waiting, self._waiting = self._waiting, {}
-        for news, loop in waiting.items():
-            try:
-                loop.call_soon_threadsafe(_wake, news)
-            except RuntimeError:
-                _log.debug("a loop that waited for the gallery log has been closed")
+            told = {news: loop for news, (beyond, loop) in self._waiting.items() if self._head > beyond}
+            for news in told:
+                del self._waiting[news]
+        _wake(told)
+
+    def _wake_all(self) -> None:
+        """Whoever waits is to look: there may be news."""
+        with self._news:
+            told = {news: loop for news, (_, loop) in self._waiting.items()}
+            self._waiting.clear()
+        _wake(told)
 
     # --- reading -----------------------------------------------------------------------------------
 
@@ -639,7 +646,7 @@ class SqlGalleryLog:
         with self._news:
             self._closed = True
         self._inbox.close()
-        self._tell(0, 0)
+        self._wake_all()
         await asyncio.to_thread(self._let_go)
 
     def _let_go(self) -> None:
@@ -665,7 +672,16 @@ def _reference(row: Sequence[Any]) -> Reference:
     return Reference(gallery_id, reference_id, subject_id, sequence, enrolled_at_ms, expires_at_ms, attributes or b"")
 
 
-def _wake(news: asyncio.Future[None]) -> None:
+def _wake(waiting: Mapping[asyncio.Future[None], asyncio.AbstractEventLoop]) -> None:
+    """Each on its loop; for any thread."""
+    for news, loop in waiting.items():
+        try:
+            loop.call_soon_threadsafe(_end_wait, news)
+        except RuntimeError:
+            _log.debug("a loop that waited for the gallery log has been closed")
+
+
+def _end_wait(news: asyncio.Future[None]) -> None:
     if not news.done():
         news.set_result(None)
 

@@ -62,7 +62,7 @@ from matcher_service.terms import EntryKind, LogEntry, SearchRequest
 
 BLOCK_ENTRIES = 4096
 # The log is read as often even if no news comes, so that a quiet shard stays within the lease of law 5 (500 ms).
-READ_EVERY_S = 0.1
+READ_EVERY_S = 0.15
 TEND_EVERY_S = 1.0
 RETRY_S = 0.5
 # A log that could not be read for so long is opened anew; it may have refused for good, as with DataDamaged at once,
@@ -319,8 +319,10 @@ class FollowingShard:
             shard = self._standing.shard
             applied = shard.applied_sequence
             began = self._clock.monotonic()
-            entries = await log.read(applied, BLOCK_ENTRIES)
-            await self._check_place(log, applied)
+            # With the entry applied last, as it is there: one reading tells whether it is the same log, and what is new.
+            read = await log.read(max(0, applied - 1), BLOCK_ENTRIES)
+            self._check_place(read, applied)
+            entries = read[1:] if applied else read
             if not entries:
                 self._standing = replace(self._standing, caught_up_at=began)
                 return False
@@ -333,15 +335,13 @@ class FollowingShard:
             self._last = _Fingerprint.of(entries[-1])
             return True
 
-    async def _check_place(self, log: GalleryLog, applied: int) -> None:
-        """Raises _AnotherLog unless the log has the entry applied last, as it was. Asked after the entries behind it
-        were read: so those are not of another log either, unless it changes later, which is found out next time."""
+    def _check_place(self, read: Sequence[LogEntry], applied: int) -> None:
+        """Raises _AnotherLog unless what was read begins with the entry applied last, as it was."""
         if applied:
-            there = await log.read(applied - 1, 1)
-            if not there or there[0].sequence != applied or self._last not in (None, _Fingerprint.of(there[0])):
+            if not read or read[0].sequence != applied or self._last not in (None, _Fingerprint.of(read[0])):
                 raise _AnotherLog
-            if there[0].at_ms > self._standing.newest_ms:
-                self._standing = replace(self._standing, newest_ms=there[0].at_ms)
+            if read[0].at_ms > self._standing.newest_ms:
+                self._standing = replace(self._standing, newest_ms=read[0].at_ms)
 
     async def _tend(self) -> None:
         while True:
