@@ -51,7 +51,7 @@ from matcher_service.metrics import Metrics
 from matcher_service.models.embedder.card import read_card
 from matcher_service.models.embedder.outcome import TemplateMaker
 from matcher_service.seams import Clock
-from matcher_service.settings import EmbedderSettings, Settings, is_loopback
+from matcher_service.settings import EmbedderSettings, Settings, TritonSettings, is_loopback
 from matcher_service.tallies import Tallies
 from matcher_service.traces import name_trace, traces_for
 
@@ -122,27 +122,28 @@ async def running(
         token, token_file = credentials.load_or_create(data_dir)
         async with (
             forms.opened(settings, clock, metrics) as form,
-            _template_maker(settings.embedder) as templates,
+            _template_maker(settings.embedder, settings.triton) as templates,
             _serving(settings, clock, metrics, form, token, token_file, templates) as service,
         ):
             yield service
 
 
 @asynccontextmanager
-async def _template_maker(settings: EmbedderSettings) -> AsyncIterator[TemplateMaker | None]:
+async def _template_maker(settings: EmbedderSettings, triton: TritonSettings) -> AsyncIterator[TemplateMaker | None]:
     """The embedder, if one is configured: on Triton servers, else in a process of its own."""
     if not settings.card:
         yield None
     elif settings.triton_endpoints:
         # Imported here, because only the extra `triton` brings the client.
         from matcher_service.models.triton import TritonEmbedder
-        from matcher_service.triton_endpoints import TritonAddress, TritonEndpoints
+        from matcher_service.triton_endpoints import TritonAddress, TritonClients, TritonEndpoints, credentials_of
 
-        endpoints = TritonEndpoints(TritonAddress(settings.triton_endpoints))
+        clients = TritonClients(credentials_of(triton))
         try:
+            endpoints = TritonEndpoints(TritonAddress(settings.triton_endpoints), clients=clients)
             yield await TritonEmbedder.open(endpoints, read_card(settings.card))
         finally:
-            await endpoints.close()
+            await clients.close()
     else:
         # Imported here, because only the extra `embedder` brings what reads pictures.
         from matcher_service.models.embedder.worker import WorkerEmbedder

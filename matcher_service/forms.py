@@ -81,14 +81,14 @@ async def _cluster(settings: Settings, clock: Clock, metrics: Metrics) -> AsyncI
     from matcher_service.models.triton import TritonModels
     from matcher_service.shards.scattered import Scattered
     from matcher_service.shards.triton import TritonReplica
-    from matcher_service.triton_endpoints import TritonAddress, TritonClients, TritonEndpoints
+    from matcher_service.triton_endpoints import TritonAddress, TritonClients, TritonEndpoints, credentials_of
 
     cluster = settings.cluster
     async with AsyncExitStack() as closing:
         url = cluster.log_url.get_secret_value()
         log = await open_postgres_log(url, settings.keys_dir, settings.storage, clock)
         closing.push_async_callback(log.close)
-        clients = TritonClients()
+        clients = TritonClients(credentials_of(settings.triton))
         closing.push_async_callback(clients.close)
         models: Models = LocalModels()
         if cluster.models:

@@ -152,6 +152,16 @@ class EmbedderSettings(Section):
     )
 
 
+class TritonSettings(Section):
+    ca_file: Path | None = Field(
+        None, description="PEM authorities of the Triton servers' certificates; with it gateways speak TLS to them."
+    )
+    certificate_file: Path | None = Field(
+        None, description="PEM certificate chain that a gateway shows to Triton servers which ask for one."
+    )
+    key_file: Path | None = Field(None, description="PEM private key of certificate_file.")
+
+
 class ClusterSettings(Section):
     log_url: SecretStr = Field(
         SecretStr(""), description="postgresql://user:password@host/database of the gallery log; empty: no cluster."
@@ -193,6 +203,7 @@ class Settings(BaseSettings):
     traces: TraceSettings = TraceSettings()  # type: ignore[call-arg]
     embedder: EmbedderSettings = EmbedderSettings()  # type: ignore[call-arg]
     access: AccessSettings = AccessSettings()  # type: ignore[call-arg]
+    triton: TritonSettings = TritonSettings()  # type: ignore[call-arg]
     cluster: ClusterSettings = ClusterSettings()  # type: ignore[call-arg]
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error.")
 
@@ -203,6 +214,11 @@ class Settings(BaseSettings):
             raise ValueError("server: tls_certificate_file and tls_key_file must be set together")
         if server.tls_client_ca_file is not None and server.tls_certificate_file is None:
             raise ValueError("server: tls_client_ca_file needs tls_certificate_file and tls_key_file")
+        triton = self.triton
+        if (triton.certificate_file is None) != (triton.key_file is None):
+            raise ValueError("triton: certificate_file and key_file must be set together")
+        if triton.certificate_file is not None and triton.ca_file is None:
+            raise ValueError("triton: certificate_file needs ca_file, by which the servers are recognised")
         _judge_access(self.access)
         if not is_loopback(server.host) and server.tls_certificate_file is None:
             raise ValueError(

@@ -10,8 +10,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
+import grpc
 import numpy as np
 import tritonclient.grpc.aio as triton_aio
 from numpy.typing import NDArray
@@ -21,6 +23,7 @@ from tritonclient.utils import InferenceServerException
 from matcher_service.clock import SystemClock
 from matcher_service.errors import ModelsUnavailable, StartRefused
 from matcher_service.seams import Clock
+from matcher_service.settings import TritonSettings
 
 # Channel options replace the client library's own as a whole, so all that matter are named.
 CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
@@ -105,16 +108,43 @@ class Asking:
         return answers
 
 
+def credentials_of(settings: TritonSettings) -> grpc.ChannelCredentials | None:
+    """What the settings say of TLS to the servers; None: none of it. The files are read now, once. Raises StartRefused
+    if one cannot be."""
+    if settings.ca_file is None:
+        return None
+    return grpc.ssl_channel_credentials(
+        root_certificates=_content(settings.ca_file, "ca_file"),
+        private_key=_content(settings.key_file, "key_file"),
+        certificate_chain=_content(settings.certificate_file, "certificate_file"),
+    )
+
+
+def _content(file: Path | None, name: str) -> bytes | None:
+    try:
+        return None if file is None else file.read_bytes()
+    except OSError as error:
+        raise StartRefused(
+            f"cannot read {file}: {error.strerror}",
+            field=f"triton.{name}",
+            hint="name a PEM file that can be read",
+        ) from error
+
+
 class TritonClients:
     """One client per endpoint for the life of the process, whatever asks there: one for each call would leak. Made on
-    the event loop that uses it; `close` it there."""
+    the event loop that uses it; `close` it there. `credentials`: those of TLS (`credentials_of`); None speaks without.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, credentials: grpc.ChannelCredentials | None = None) -> None:
+        self._credentials = credentials
         self._clients: dict[str, Any] = {}
 
     def client(self, endpoint: str) -> Any:
         if endpoint not in self._clients:
-            self._clients[endpoint] = triton_aio.InferenceServerClient(endpoint, channel_args=list(CHANNEL_OPTIONS))
+            self._clients[endpoint] = triton_aio.InferenceServerClient(
+                endpoint, creds=self._credentials, channel_args=list(CHANNEL_OPTIONS)
+            )
         return self._clients[endpoint]
 
     async def close(self) -> None:

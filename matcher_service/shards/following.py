@@ -319,7 +319,7 @@ class FollowingShard:
             shard = self._standing.shard
             applied = shard.applied_sequence
             began = self._clock.monotonic()
-            # With the entry applied last, as it is there: one reading tells whether it is the same log, and what is new.
+            # From the entry applied last on: one reading tells whether it is the same log, and what is new.
             read = await log.read(max(0, applied - 1), BLOCK_ENTRIES)
             self._check_place(read, applied)
             entries = read[1:] if applied else read

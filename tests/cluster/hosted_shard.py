@@ -32,9 +32,15 @@ REACHED_S_MAX = 60.0
 
 @contextmanager
 def served_shards(
-    environment: ServerEnvironment, folder: Path, log_url: str, keys_dir: Path, shards: Mapping[str, Partitions]
+    environment: ServerEnvironment,
+    folder: Path,
+    log_url: str,
+    keys_dir: Path,
+    shards: Mapping[str, Partitions],
+    **options: str,
 ) -> Iterator[ServedTriton]:
-    """One server with a model for each of `shards`; their volumes are folders of these names in `folder`/volumes."""
+    """One server with a model for each of `shards`; their volumes are folders of these names in `folder`/volumes.
+    `options` are the server's, with underscores for its hyphens."""
     parameters = {
         name: {
             "partitions": ranges(partitions) or "none",
@@ -47,7 +53,8 @@ def served_shards(
         for name, partitions in shards.items()
     }
     made = assemble(ROOT / "triton_models", folder / "models", models=(), shards=parameters)
-    served = ServedTriton(environment, made, folder / "server.log")
+    told = {name.replace("_", "-"): value for name, value in options.items()}
+    served = ServedTriton(environment, made, folder / "server.log", options=told)
     served.start()
     try:
         yield served

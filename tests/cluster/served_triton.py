@@ -27,12 +27,14 @@ class ServerDied(Exception):
 
 @dataclass
 class ServedTriton:
-    """One server over one model repository. `environment_variables` are added to those of the environment."""
+    """One server over one model repository. `environment_variables` are added to those of the environment, `options` to
+    those of the command."""
 
     environment: ServerEnvironment
     repository: Path
     log_file: Path
     environment_variables: dict[str, str] = field(default_factory=dict)
+    options: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.http_port, self.grpc_port, self.metrics_port = _free_ports(3)
@@ -65,6 +67,7 @@ class ServedTriton:
             "pinned-memory-pool-byte-size": 0,
             "exit-timeout-secs": 10,
             "backend-config": f"python,shm-region-prefix-name={self._shared_memory_prefix}",
+            **self.options,
         }
         command = [
             str(self.environment.tritonserver),
@@ -95,6 +98,10 @@ class ServedTriton:
                 return
             time.sleep(0.05)
         raise ServerDied(f"the server was not ready in time:\n{self.log_tail()}")
+
+    @property
+    def has_ended(self) -> bool:
+        return self._process is None or self._process.poll() is not None
 
     def is_ready(self) -> bool:
         """Whether it says that all its models are ready."""

@@ -49,6 +49,8 @@ def test_without_a_log_in_postgresql_there_is_no_cluster() -> None:
         ({"cluster": GOOD | {"hedge_after_ms": 1000}}, "no other replica would be asked"),
         ({"cluster": GOOD | {"answer_within_ms": 2000}}, "refused for their deadline"),
         ({"storage": {}}, "storage.keys_dir is not set"),
+        ({"triton": {"ca_file": "ca", "key_file": "key"}}, "certificate_file and key_file must be set together"),
+        ({"triton": {"certificate_file": "c", "key_file": "k"}}, "certificate_file needs ca_file"),
         ({"server": {"share_ports": True, "http_port": 0}}, "name http_port and grpc_port"),
         ({"server": {"share_ports": True}}, "a metrics_port of its own"),
         ({"cluster": {}, "server": {"share_ports": True}}, "server.share_ports is for the gateways of a cluster"),
