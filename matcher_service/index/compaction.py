@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from matcher_service.index.choose import worth_codes
+
 DEAD_SHARE_MAX = 0.2
 # Rows without codes are scanned in full: about 5 ms of a search, for each probe on one core, at 512 dimensions.
 PLAIN_ROWS_MAX = 32_768
@@ -62,6 +64,14 @@ def to_rewrite(sizes: Sequence[SegmentSize], budget: CompactionBudget, now_ms: i
     if quiet:
         return _too_small(sizes, every, budget.rows_max, _QUIET_WEIGHT) or [i for i in every if sizes[i].hurried][:1]
     return _too_small(sizes, [i for i in every if not sizes[i].plain], budget.rows_max, _STREAMING_WEIGHT)
+
+
+def worth_coding(tail_rows: int, segment_rows: Sequence[int], dimension: int) -> bool:
+    """Whether an open tail should get codes in a quiet moment: by itself, or joined with the smallest segment."""
+    if worth_codes(tail_rows, dimension):
+        return True
+    smallest = min(segment_rows, default=0)
+    return tail_rows >= _QUIET_WEIGHT * smallest > 0 and worth_codes(tail_rows + smallest, dimension)
 
 
 def _up_to(sizes: Sequence[SegmentSize], chosen: Sequence[int], rows_max: int) -> list[int]:

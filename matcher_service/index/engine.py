@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from matcher_service.errors import DataDamaged, MemoryRefused
-from matcher_service.index.compaction import CompactionBudget, SegmentSize, to_rewrite
+from matcher_service.index.compaction import CompactionBudget, SegmentSize, to_rewrite, worth_coding
 from matcher_service.index.memory import ROW_BYTES
 from matcher_service.index.rows import Float16, id_hashes, joined
 from matcher_service.index.scanner import Ending, Growing, Scanner, ending_of
@@ -473,6 +473,8 @@ class Engine:
 
         Called by one thread at a time; searches and applying go on meanwhile.
         """
+        if quiet:
+            self._freeze_worthwhile()
         chosen = self._choose(budget, now_ms, quiet=quiet)
         if chosen is None:
             return 0
@@ -496,6 +498,18 @@ class Engine:
             self._changed = True
             self._publish([gallery_id], self._view.sequence)
         return rows_read
+
+    def _freeze_worthwhile(self) -> None:
+        """Turn the open tails into segments whose rows codes would serve faster."""
+        with self._writing:
+            for gallery_id, state in self._states.items():
+                tail = state.tail
+                if tail is None or tail.growing is not None:
+                    continue
+                if worth_coding(tail.rows, [segment.rows for segment in state.segments], state.dimension):
+                    self._freeze(gallery_id, state)
+                    self._changed = True
+                    self._publish([gallery_id], self._view.sequence)
 
     def _choose(self, budget: CompactionBudget, now_ms: int, *, quiet: bool) -> tuple[str, list[Segment]] | None:
         with self._writing:
