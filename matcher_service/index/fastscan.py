@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 from matcher_service.errors import DataDamaged
 from matcher_service.index import certificate, choose
 from matcher_service.index.codes import Codes, CodesBuilder, blocks_for, packed_size
-from matcher_service.index.flat import FlatScanner, Found, best_flat, gather, likely_rows, side_by_side
+from matcher_service.index.flat import FlatScanner, Found, best_of_some, gather, side_by_side
 from matcher_service.index.products import Products
 from matcher_service.index.refined import Refined
 from matcher_service.index.rotation import Rotation, draw_rotation
 from matcher_service.index.scanner import Hits, Scanner, Tally
-from matcher_service.index.score import float32_margin, norms, pair_scores
+from matcher_service.index.score import float32_margin, norms, not_below, pair_scores
 from matcher_service.index.wide import WideScanner
 from matcher_service.terms import Float32, Float64, Int64
 
@@ -142,7 +142,7 @@ class FastScanScanner:
         probe_norms = norms(probes)
         if not self._costs.plan(probes, probe_norms, floors, certificate.usable(floors, probe_norms)).any():
             # The scan to come will be in full: its floor hardly matters.
-            return gather([best_flat(likely_rows(self._stored, wanted), probes, wanted)], none)
+            return gather([best_of_some(self._stored, probes, wanted)], none)
         block = min(self._codes)
         refined, parts = self._refined[block], range(0, self._codes[block].parts, _GUESS_PARTS)
         # Where several parts are gone through, each gives more than its share; where one is, it is asked for more.
@@ -190,7 +190,7 @@ class FastScanScanner:
         products = (least[:, None] * lower).astype(np.float32)
         found = self._near(block, probes, rotated, products, (cut_offs * lower).astype(np.float32))
         if self._always.size:
-            which, row = np.nonzero(~(probes @ self._listed.T < products))
+            which, row = not_below(probes @ self._listed.T, products[:, 0])
             found.append((which, self._always[row]))
         which = np.concatenate([one[0] for one in found]) if found else numbers[:0]
         rows = np.concatenate([one[1] for one in found]) if found else numbers[:0]

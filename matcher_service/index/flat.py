@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 
 from matcher_service.index.products import Products
 from matcher_service.index.scanner import Hits, Tally
-from matcher_service.index.score import float32_margin, norms, pair_scores, widen
+from matcher_service.index.score import float32_margin, norms, not_below, pair_scores, widen
 from matcher_service.terms import Float32, Int64
 
 _BLOCK_ROWS = 1024  # rows of one product: 2 MiB at 512 dimensions, so that they stay in the cache
 _WIDEN_ROWS = 256  # rows turned to float32 at once: they stay in the cache meanwhile
-_GUESS_SHARE = 8  # a guess goes through one in so many rows, at least so many times the rows wanted
+_GUESS_ROWS_MIN = 8  # a guess goes through at least so many rows for each one wanted
+_GUESS_WEIGHT = 3.0  # of the rows that a guess goes through: see `guess_rows`
 _PROBES_MAX = 1024
 _FEW_PROBES = 8  # up to here BLAS gains nothing over one product after another
 _FEW_HITS = 32  # rows that a probe may reach in a run of rows before all of these are gone through once more
@@ -78,8 +79,8 @@ class FlatScanner:
         return gather([found], np.zeros(len(probes), np.bool_))
 
     def guess(self, probes: Float32, count: int) -> Hits:
-        """The best rows of the first ones: the scan to come goes through all rows whatever its floor."""
-        return gather([best_flat(likely_rows(self._stored, count), probes, count)], np.zeros(len(probes), np.bool_))
+        """The best of some rows: the scan to come goes through all of them whatever its floor."""
+        return gather([best_of_some(self._stored, probes, count)], np.zeros(len(probes), np.bool_))
 
     def bytes_in_memory(self) -> int:
         return int(self._stored.nbytes)
@@ -154,9 +155,7 @@ def _by_blocks(
     which: list[Int64] = []
     rows: list[Int64] = []
     for start in range(first, last, _BLOCK_ROWS):
-        products = probes @ _widened(stored[start : min(start + _BLOCK_ROWS, last)], wide).T
-        # `not below` rather than `at or above`: what overflowed to NaN is scored exactly, not lost.
-        probe, row = np.nonzero(~(products < cuts[:, None]))
+        probe, row = not_below(probes @ _widened(stored[start : min(start + _BLOCK_ROWS, last)], wide).T, cuts)
         tally.add(row.size)
         which.append(probe)
         rows.append(row + start)
@@ -171,12 +170,23 @@ def _widened(block: NDArray[np.float16], wide: Float32) -> Float32:
     return wide[: len(block)]
 
 
-def likely_rows(stored: NDArray[np.float16], count: int) -> NDArray[np.float16]:
-    """The first rows, as many as a guess of `count` rows goes through."""
-    return stored[: max(_GUESS_SHARE * count, len(stored) // _GUESS_SHARE)]
+def guess_rows(rows: int, count: int) -> int:
+    """How many of `rows` rows a guess of the best `count` goes through.
+
+    The floor that it gives lets rows / guessed times as many rows through as are wanted, each of which costs about as
+    much to score as 36 products of a full scan: the sum is least at a multiple of the root of rows * count.
+    """
+    return min(rows, max(_GUESS_ROWS_MIN * count, int(_GUESS_WEIGHT * (rows * count) ** 0.5)))
 
 
-def best_flat(stored: NDArray[np.float16], probes: Float32, count: int) -> Found:
+def best_of_some(stored: NDArray[np.float16], probes: Float32, count: int) -> Found:
+    """About the `count` best of every so many rows for each probe, with their scores."""
+    step = max(1, len(stored) // max(1, guess_rows(len(stored), count)))
+    found = _best_flat(stored[::step], probes, count)
+    return found._replace(rows=found.rows * step)
+
+
+def _best_flat(stored: NDArray[np.float16], probes: Float32, count: int) -> Found:
     """About the `count` best rows of each probe, with their scores."""
     wanted = min(count, len(stored))
     if wanted <= 0 or not len(probes):

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from matcher_service.index.scanner import Hits, Tally
-from matcher_service.index.score import float32_margin, norms, pair_scores
+from matcher_service.index.score import float32_margin, norms, not_below, pair_scores
 from matcher_service.terms import Float32, Int64
 
 # Float32 products held at once: 32 MiB.
@@ -29,14 +29,13 @@ class WideScanner:
 
     def scan(self, probes: Float32, floors: Float32) -> Hits:
         margin = float32_margin(self._stored.shape[1], self._row_norm_max, norms(probes))
-        cuts = (floors.astype(np.float64) - margin).astype(np.float32)[:, None]
+        cuts = (floors.astype(np.float64) - margin).astype(np.float32)
         which: list[Int64] = []
         rows: list[Int64] = []
         tally = Tally(len(probes))
         for start in range(0, len(probes), self._at_once()):
             here = slice(start, start + self._at_once())
-            # `not below` rather than `at or above`: a product that overflowed to NaN is re-scored, not lost.
-            probe, row = np.nonzero(~(probes[here] @ self._wide.T < cuts[here]))
+            probe, row = not_below(probes[here] @ self._wide.T, cuts[here])
             tally.add(row.size)
             which.append(probe + start)
             rows.append(row)

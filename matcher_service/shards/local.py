@@ -8,6 +8,7 @@ lock, and everything would wait for it.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -33,8 +34,9 @@ from matcher_service.settings import IndexSettings
 from matcher_service.terms import LogEntry, SearchRequest, SearchResult, ShardStatus
 
 ERASE_WITHIN_S = 3600.0
-# Searches at once; each uses `index.threads` cores in its inner loops.
-SEARCHES_AT_ONCE = 2
+# Searches at once, where there are so many cores; each uses `index.threads` of them in its inner loops. On one core a
+# second search only takes the first one's cache away.
+SEARCHES_AT_ONCE_MAX = 2
 # Rows that may come in, to be scanned in full, while one rewrite goes on; bounds how large it may be.
 ARRIVING_ROWS_MAX = 65_536
 REWRITE_ROWS_MIN = 32_768
@@ -103,7 +105,8 @@ class LocalShard:
         self._snapshot_at = clock.monotonic()
         self._snapshot_sequence = engine.sequence
         self._closed = False
-        self._searching = ThreadPoolExecutor(SEARCHES_AT_ONCE, "search", one_thread)
+        searches = min(SEARCHES_AT_ONCE_MAX, len(os.sched_getaffinity(0)))
+        self._searching = ThreadPoolExecutor(searches, "search", one_thread)
         self._applying = ThreadPoolExecutor(1, "apply", one_thread)
         self._tending = ThreadPoolExecutor(1, "tend", one_thread)
 

@@ -188,7 +188,7 @@ def test_a_guess_gives_true_scores_of_as_many_different_rows_as_wanted(make: Mak
 def test_a_guess_by_codes_finds_most_of_the_best() -> None:
     stored = gallery(10, 8000, 512, spread=0.3)
     scanner = build_fastscan(stored)
-    probes = probes_of(10, stored, 2, 0.8)
+    probes = probes_of(10, stored, 8, 0.8)
     hits = scanner.guess(probes, 10)
     for number, probe in enumerate(probes):
         best = np.argsort(-exact_scores(stored, probe))[:10]

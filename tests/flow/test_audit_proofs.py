@@ -323,7 +323,7 @@ async def test_the_service_signs_its_audit_by_itself_and_on_demand(tmp_path: Pat
         assert proofs is not None
         await service.space(8)
         # The gauge is set after the checkpoint is stored.
-        while not service.running.service.metrics.audit_checkpoint._value.get():
+        while not service.running.service.metrics.audit_checkpoint._value.get():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         made = await proofs.checkpoints(1)
         base = f"http://127.0.0.1:{service.running.http_port}/v1/audit"

@@ -209,7 +209,7 @@ async def test_a_case_of_the_first_release_does_not_reach_an_immigration_gallery
         old = case(immigration_authority="")
         (receipt,) = await service.running.service.log.append([CreateCase(old)], TESTER)
         assert not isinstance(receipt, MatcherError)
-        while "case-1" not in service.running.service.catalogue.cases:
+        while "case-1" not in service.running.service.catalogue.cases:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         with pytest.raises(Forbidden, match="no authority for an immigration gallery"):
             await search(service, "immigration")

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from matcher_service.errors import ServiceFault
-from matcher_service.index.flat import NOTHING, FlatScanner, Found, gather, likely_rows
+from matcher_service.index.flat import NOTHING, FlatScanner, Found, gather
 from matcher_service.index.gpu.bound import CODE_MAX, code_probes, cut_offs
 from matcher_service.index.gpu.filter import Filter, Pairs
 from matcher_service.index.gpu.slabs import Extent, Placed
@@ -24,6 +24,8 @@ from matcher_service.index.wide import WideScanner
 from matcher_service.terms import Float32, Int64
 
 _GUESS_PRODUCTS_MAX = 1 << 26
+_GUESS_SHARE = 8  # a guess goes through one in so many rows: codes cost less than hits to re-score
+_GUESS_ROWS_MIN = 8  # and through at least so many for each row wanted
 
 
 class OnDevice(Protocol):
@@ -94,7 +96,7 @@ class GpuScanner:
         if place is None or wanted <= 0 or not len(probes):
             return self.on_cpu().guess(probes, count)
         try:
-            rows = _best_codes(place, probes, len(likely_rows(self.stored, wanted)), wanted)
+            rows = _best_codes(place, probes, max(_GUESS_ROWS_MIN * wanted, self.rows // _GUESS_SHARE), wanted)
         except ServiceFault as error:
             self.together.lost(place.filter, error)
             return self.on_cpu().guess(probes, count)
