@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from matcher_service.client import ReceiptOutcome, Receipts, References, _Enrol
+from matcher_service.client import ReceiptOutcome, Receipts, References
+from matcher_service.client.dialogues import EnrolDialogue
 from matcher_service.errors import Conflict, Gone, LogUnavailable, MatcherError
 from matcher_service.gateway import encode
 from matcher_service.receipts import EnrolReceipts
@@ -42,7 +43,7 @@ def test_columns_hold_the_answers_of_the_rows(answers: list[Receipt | MatcherErr
 
 @given(ANSWERS)
 def test_a_client_reads_the_same_from_columns_as_from_rows(answers: list[Receipt | MatcherError]) -> None:
-    dialogue, asked = _Enrol((), 60.0), question(len(answers))
+    dialogue, asked = EnrolDialogue((), 60.0), question(len(answers))
     ids = asked[0].reference_ids
     by_row = encode.enrol_reply(ids, answers, "1")
     in_columns = encode.enrol_reply(ids, EnrolReceipts.of(answers), "1", in_columns=True)
@@ -60,7 +61,7 @@ def test_a_client_reads_the_same_from_columns_as_from_rows(answers: list[Receipt
 
 
 def test_a_row_that_may_be_tried_again_is_never_part_of_a_final_whole() -> None:
-    dialogue, asked = _Enrol((), 60.0), question(2)
+    dialogue, asked = EnrolDialogue((), 60.0), question(2)
     answers: list[Receipt | MatcherError] = [Receipt(WriteOutcome.ENROLLED, 3), LogUnavailable("later")]
     reply = encode.enrol_reply(asked[0].reference_ids, answers, "1", in_columns=True)
     assert dialogue.whole(asked, reply, 0.5) is None
