@@ -13,7 +13,8 @@ from typing import Any
 
 import orjson
 
-from matcher_service import evidence, records
+from matcher_service import records
+from matcher_service.evidence_in_words import in_words
 from matcher_service.terms import Deployment, EntryKind, LogEntry
 
 KINDS = (
@@ -159,7 +160,7 @@ def _terms(gallery: Mapping[str, Any]) -> list[tuple[str, str]]:
         *(
             (
                 f"Threshold from {_time(one['from_ms'])}",
-                " ".join([f"{one['threshold']:g}.", *evidence.in_words(one.get("evidence"))]),
+                " ".join([f"{one['threshold']:g}.", *in_words(one.get("evidence"))]),
             )
             for one in gallery["thresholds"]
         ),

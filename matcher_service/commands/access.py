@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from matcher_service.commands.http_api import api_to, path_of
-from matcher_service.commands.options import HTTP_URL, AsJson, CaFile, Http, Reason, TokenFile
-from matcher_service.commands.output import print_json, print_rows
-from matcher_service.commands.times import duration_ms, time_ms
+from matcher_service.commands.asking import Answer, asking, lists
+from matcher_service.commands.http_api import HttpApi, path_of
+from matcher_service.commands.options import Reason
+from matcher_service.commands.times import duration_ms, now_ms, time_ms
+from matcher_service.evidence_in_words import in_words
 
 credentials = typer.Typer(no_args_is_help=True, help="Credentials of edge nodes, each of one deployment.")
 proposals = typer.Typer(no_args_is_help=True, help="Changes that one person proposes and another approves.")
@@ -25,18 +25,16 @@ SecretFile = Annotated[Path | None, typer.Option(help="A new file (mode 0600) fo
 
 
 @credentials.command("issue")
+@asking
 def issue(
+    api: HttpApi,
     deployment: str,
     certificate: Certificate = "",
     camera: Annotated[list[str] | None, typer.Option(help="One of the deployment's; repeat for more.")] = None,
     probes_per_s: Annotated[int, typer.Option(min=1, help="Most probes in a second.")] = 500,
     expires: Annotated[str, typer.Option(help="+8h, or a time. Without: when the deployment closes.")] = "",
     secret_file: SecretFile = None,
-    http: Http = HTTP_URL,
-    token_file: TokenFile = None,
-    ca_file: CaFile = None,
-    as_json: AsJson = False,
-) -> None:
+) -> Answer:
     """Issue an edge node's credential for a deployment."""
     body: dict[str, Any] = {
         "deployment_id": deployment,
@@ -45,107 +43,80 @@ def issue(
         "probes_per_s": probes_per_s,
     }
     if expires:
-        body["expires_at_ms"] = time_ms(expires, "expires", time.time_ns() // 1_000_000)
-    with api_to(http, token_file, ca_file) as api:
-        _told(api.post(path_of("credentials"), body), secret_file, as_json)
+        body["expires_at_ms"] = time_ms(expires, "expires", now_ms())
+    return _told(api.post(path_of("credentials"), body), secret_file)
 
 
-@credentials.command("list")
-def list_credentials(
-    http: Http = HTTP_URL, token_file: TokenFile = None, ca_file: CaFile = None, as_json: AsJson = False
-) -> None:
-    """List edge credentials; a secret is never shown again."""
-    with api_to(http, token_file, ca_file) as api:
-        found = api.get(path_of("credentials"))
-    if as_json:
-        print_json(found)
-    else:
-        columns = ("credential_id", "deployment_id", "issued_by", "issued_at_ms", "expires_at_ms", "revoked_at_ms")
-        print_rows(found["credentials"], (*columns, "certificate", "cameras"), "There are no credentials.")
+credentials.command("list")(
+    lists(
+        "credentials",
+        (
+            *("credential_id", "deployment_id", "issued_by", "issued_at_ms", "expires_at_ms", "revoked_at_ms"),
+            *("certificate", "cameras"),
+        ),
+        "There are no credentials.",
+        "List edge credentials; a secret is never shown again.",
+    )
+)
 
 
 @credentials.command("rotate")
+@asking
 def rotate(
+    api: HttpApi,
     credential_id: str,
     certificate: Certificate = "",
     overlap: Annotated[str, typer.Option(help="For how long the old one still stands.")] = "0s",
     secret_file: SecretFile = None,
-    http: Http = HTTP_URL,
-    token_file: TokenFile = None,
-    ca_file: CaFile = None,
-    as_json: AsJson = False,
-) -> None:
+) -> Answer:
     """Issue a successor with the same rights, and end the credential."""
     body = {"certificate": _binding(certificate), "overlap_s": duration_ms(overlap, "overlap") // 1000}
-    with api_to(http, token_file, ca_file) as api:
-        _told(api.post(path_of("credentials", credential_id, "rotate"), body), secret_file, as_json)
+    return _told(api.post(path_of("credentials", credential_id, "rotate"), body), secret_file)
 
 
 @credentials.command("revoke")
-def revoke(
-    credential_id: str,
-    reason: Reason,
-    http: Http = HTTP_URL,
-    token_file: TokenFile = None,
-    ca_file: CaFile = None,
-    as_json: AsJson = False,
-) -> None:
+@asking
+def revoke(api: HttpApi, credential_id: str, reason: Reason) -> Answer:
     """End a credential now: its streams are closed within a second."""
-    with api_to(http, token_file, ca_file) as api:
-        done = api.post(path_of("credentials", credential_id, "revoke"), {"reason": reason})
-    if as_json:
-        print_json(done)
-    else:
-        typer.echo(f"Revoked {credential_id} (sequence {done['sequence']}).")
+    done = api.post(path_of("credentials", credential_id, "revoke"), {"reason": reason})
+    return Answer(done, f"Revoked {credential_id} (sequence {done['sequence']}).")
 
 
 @proposals.command("threshold")
+@asking
 def propose_threshold(
+    api: HttpApi,
     gallery_id: str,
     threshold: Annotated[float, typer.Argument(help="Least score that is a candidate from now on, in [-1, 1].")],
     before: Annotated[Path, typer.Option(help="report.json of `matcher evaluate` at the threshold until now.")],
     after: Annotated[Path, typer.Option(help="report.json of `matcher evaluate` at the new threshold.")],
     reason: Reason,
-    http: Http = HTTP_URL,
-    token_file: TokenFile = None,
-    ca_file: CaFile = None,
-    as_json: AsJson = False,
-) -> None:
+) -> Answer:
     """Propose another threshold for a gallery."""
     from matcher_service.commands.threshold_evidence import rate_changes
 
-    with api_to(http, token_file, ca_file) as api:
-        now = api.get(path_of("galleries", gallery_id))["threshold"]
-        rates = rate_changes(before, now, after, threshold)
-        body = {"action": "threshold", "gallery_id": gallery_id, "threshold": threshold, "rates": rates}
-        _proposed(api.post(path_of("proposals"), {**body, "reason": reason}), as_json)
+    now = api.get(path_of("galleries", gallery_id))["threshold"]
+    rates = rate_changes(before, now, after, threshold)
+    body = {"action": "threshold", "gallery_id": gallery_id, "threshold": threshold, "rates": rates}
+    return _proposed(api.post(path_of("proposals"), {**body, "reason": reason}))
 
 
 @proposals.command("deletion")
-def propose_deletion(
-    gallery_id: str,
-    reason: Reason,
-    http: Http = HTTP_URL,
-    token_file: TokenFile = None,
-    ca_file: CaFile = None,
-    as_json: AsJson = False,
-) -> None:
+@asking
+def propose_deletion(api: HttpApi, gallery_id: str, reason: Reason) -> Answer:
     """Propose to delete a gallery and everything in it."""
     body = {"action": "gallery_deletion", "gallery_id": gallery_id, "reason": reason}
-    with api_to(http, token_file, ca_file) as api:
-        _proposed(api.post(path_of("proposals"), body), as_json)
+    return _proposed(api.post(path_of("proposals"), body))
 
 
 @proposals.command("withdrawal")
+@asking
 def propose_withdrawal(
+    api: HttpApi,
     gallery_id: str,
     file: Annotated[Path, typer.Argument(help="A text file with a reference_id on each line.")],
     reason: Reason,
-    http: Http = HTTP_URL,
-    token_file: TokenFile = None,
-    ca_file: CaFile = None,
-    as_json: AsJson = False,
-) -> None:
+) -> Answer:
     """Propose to withdraw many references at once."""
     from matcher_service.errors import InvalidInput
 
@@ -154,79 +125,51 @@ def propose_withdrawal(
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"cannot read {file}: {error}", field="file", hint="give a text file") from error
     body = {"action": "withdrawal", "gallery_id": gallery_id, "reference_ids": listed, "reason": reason}
-    with api_to(http, token_file, ca_file) as api:
-        _proposed(api.post(path_of("proposals"), body), as_json)
+    return _proposed(api.post(path_of("proposals"), body))
 
 
-@proposals.command("list")
-def list_proposals(
-    http: Http = HTTP_URL, token_file: TokenFile = None, ca_file: CaFile = None, as_json: AsJson = False
-) -> None:
-    """List proposals, the newest last."""
-    with api_to(http, token_file, ca_file) as api:
-        found = api.get(path_of("proposals"))
-    if as_json:
-        print_json(found)
-    else:
-        columns = ("proposal_id", "action", "gallery_id", "proposed_by", "expires_at_ms", "closed_as", "closed_by")
-        print_rows(found["proposals"], (*columns, "reason"), "There are no proposals.")
+proposals.command("list")(
+    lists(
+        "proposals",
+        ("proposal_id", "action", "gallery_id", "proposed_by", "expires_at_ms", "closed_as", "closed_by", "reason"),
+        "There are no proposals.",
+        "List proposals, the newest last.",
+    )
+)
 
 
 @proposals.command("approve")
-def approve(
-    proposal_id: str,
-    reason: Reason,
-    http: Http = HTTP_URL,
-    token_file: TokenFile = None,
-    ca_file: CaFile = None,
-    as_json: AsJson = False,
-) -> None:
+@asking
+def approve(api: HttpApi, proposal_id: str, reason: Reason) -> Answer:
     """Approve and do what another person proposed."""
-    _closed("approve", proposal_id, reason, http, token_file, ca_file, as_json)
+    done = api.post(path_of("proposals", proposal_id, "approve"), {"reason": reason})
+    return Answer(done, f"Approved and done (sequence {done['sequence']}).")
 
 
 @proposals.command("reject")
-def reject(
-    proposal_id: str,
-    reason: Reason,
-    http: Http = HTTP_URL,
-    token_file: TokenFile = None,
-    ca_file: CaFile = None,
-    as_json: AsJson = False,
-) -> None:
+@asking
+def reject(api: HttpApi, proposal_id: str, reason: Reason) -> Answer:
     """Close a proposal without doing it."""
-    _closed("reject", proposal_id, reason, http, token_file, ca_file, as_json)
+    done = api.post(path_of("proposals", proposal_id, "reject"), {"reason": reason})
+    return Answer(done, f"Rejected (sequence {done['sequence']}).")
 
 
-def _closed(
-    how: str, proposal_id: str, reason: str, http: str, token_file: Path | None, ca_file: Path | None, as_json: bool
-) -> None:
-    with api_to(http, token_file, ca_file) as api:
-        done = api.post(path_of("proposals", proposal_id, how), {"reason": reason})
-    if as_json:
-        print_json(done)
-    else:
-        typer.echo(f"{'Approved and done' if how == 'approve' else 'Rejected'} (sequence {done['sequence']}).")
+def _proposed(done: dict[str, Any]) -> Answer:
+    told = [f"Proposed: {done['proposal_id']}. An authorising officer other than you approves it."]
+    if done["evidence"] is not None:
+        told += in_words(done["evidence"])
+    return Answer(done, "\n  ".join(told))
 
 
-def _proposed(done: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print_json(done)
-    else:
-        typer.echo(f"Proposed: {done['proposal_id']}. An authorising officer other than you approves it.")
-
-
-def _told(issued: dict[str, Any], secret_file: Path | None, as_json: bool) -> None:
+def _told(issued: dict[str, Any], secret_file: Path | None) -> Answer:
     secret = issued.get("secret", "")
     if secret and secret_file is not None:
         del issued["secret"]
         _write_secret(secret, secret_file)
-    if as_json:
-        print_json(issued)
-        return
-    typer.echo(f"Credential {issued['credential_id']} of deployment {issued['deployment_id']}.")
+    told = [f"Credential {issued['credential_id']} of deployment {issued['deployment_id']}."]
     if secret:
-        typer.echo(f"Secret, told this once: {secret}" if secret_file is None else f"Its secret is in {secret_file}.")
+        told.append(f"Secret, told this once: {secret}" if secret_file is None else f"Its secret is in {secret_file}.")
+    return Answer(issued, "\n".join(told))
 
 
 def _write_secret(secret: str, path: Path) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from typing import Annotated, Any
 
 import typer
 
-from matcher_service.commands.http_api import api_to, path_of
-from matcher_service.commands.options import HTTP_URL, AsJson, CaFile, Http, TokenFile
-from matcher_service.commands.output import print_fields, print_json, print_rows
-from matcher_service.commands.times import duration_ms, time_ms
+from matcher_service.commands.asking import Answer, asking, lists, shows
+from matcher_service.commands.http_api import HttpApi, path_of
+from matcher_service.commands.times import duration_ms, now_ms, time_ms
 
 deployments = typer.Typer(no_args_is_help=True, help="Authorised live operations.")
 cases = typer.Typer(no_args_is_help=True, help="The authority of retrospective searches.")
@@ -22,7 +20,9 @@ RankMax = Annotated[int, typer.Option(help="Most candidates that a search may re
 
 
 @deployments.command("create")
+@asking
 def create_deployment(
+    api: HttpApi,
     deployment_id: str,
     gallery: Galleries,
     closes: Closes,
@@ -41,17 +41,13 @@ def create_deployment(
         str, typer.Option(help="How long its alerts live, like 24h. Without: as the service is set.")
     ] = "",
     rank_max: RankMax = 10,
-    http: Http = HTTP_URL,
-    token_file: TokenFile = None,
-    ca_file: CaFile = None,
-    as_json: AsJson = False,
-) -> None:
+) -> Answer:
     """Record an authorised live operation."""
-    now_ms = _now_ms()
+    at_ms = now_ms()
     body: dict[str, Any] = {
         "deployment_id": deployment_id,
         "gallery_ids": gallery,
-        "closes_at_ms": time_ms(closes, "closes", now_ms),
+        "closes_at_ms": time_ms(closes, "closes", at_ms),
         "probe_age_ms_max": duration_ms(probe_age, "probe_age"),
         "authorised_by": authorised_by,
         "reason": reason,
@@ -64,62 +60,34 @@ def create_deployment(
         "alert_retention_ms": duration_ms(alert_retention, "alert_retention") if alert_retention else 0,
     }
     if opens != "now":  # left out, the service's own clock says
-        body["opens_at_ms"] = time_ms(opens, "opens", now_ms)
-    with api_to(http, token_file, ca_file) as api:
-        done = api.post(path_of("deployments"), body)
-    if as_json:
-        print_json(done)
-    else:
-        typer.echo(f"Created deployment {deployment_id} (sequence {done['sequence']}).")
+        body["opens_at_ms"] = time_ms(opens, "opens", at_ms)
+    done = api.post(path_of("deployments"), body)
+    return Answer(done, f"Created deployment {deployment_id} (sequence {done['sequence']}).")
 
 
-@deployments.command("list")
-def list_deployments(
-    http: Http = HTTP_URL, token_file: TokenFile = None, ca_file: CaFile = None, as_json: AsJson = False
-) -> None:
-    """List the deployments."""
-    with api_to(http, token_file, ca_file) as api:
-        found = api.get(path_of("deployments"))
-    if as_json:
-        print_json(found)
-    else:
-        columns = ("deployment_id", "gallery_ids", "opens_at_ms", "closes_at_ms", "ended_at_ms", "place")
-        print_rows(found["deployments"], columns, "There are no deployments.")
-
-
-@deployments.command("show")
-def show_deployment(
-    deployment_id: str,
-    http: Http = HTTP_URL,
-    token_file: TokenFile = None,
-    ca_file: CaFile = None,
-    as_json: AsJson = False,
-) -> None:
-    """Describe a deployment."""
-    with api_to(http, token_file, ca_file) as api:
-        found = api.get(path_of("deployments", deployment_id))
-    (print_json if as_json else print_fields)(found)
+deployments.command("list")(
+    lists(
+        "deployments",
+        ("deployment_id", "gallery_ids", "opens_at_ms", "closes_at_ms", "ended_at_ms", "place"),
+        "There are no deployments.",
+        "List the deployments.",
+    )
+)
+deployments.command("show")(shows("deployments", "deployment_id", "Describe a deployment."))
 
 
 @deployments.command("end")
-def end_deployment(
-    deployment_id: str,
-    http: Http = HTTP_URL,
-    token_file: TokenFile = None,
-    ca_file: CaFile = None,
-    as_json: AsJson = False,
-) -> None:
+@asking
+def end_deployment(api: HttpApi, deployment_id: str) -> Answer:
     """End a deployment: from now on nothing is searched under it."""
-    with api_to(http, token_file, ca_file) as api:
-        done = api.post(path_of("deployments", deployment_id, "end"))
-    if as_json:
-        print_json(done)
-    else:
-        typer.echo(f"Ended deployment {deployment_id} (sequence {done['sequence']}).")
+    done = api.post(path_of("deployments", deployment_id, "end"))
+    return Answer(done, f"Ended deployment {deployment_id} (sequence {done['sequence']}).")
 
 
 @cases.command("create")
+@asking
 def create_case(
+    api: HttpApi,
     case_reference: str,
     gallery: Galleries,
     closes: Closes,
@@ -130,76 +98,38 @@ def create_case(
         str, typer.Option(help="What an immigration gallery among them is searched on.")
     ] = "",
     rank_max: RankMax = 50,
-    http: Http = HTTP_URL,
-    token_file: TokenFile = None,
-    ca_file: CaFile = None,
-    as_json: AsJson = False,
-) -> None:
+) -> Answer:
     """Record the authority of a retrospective search; each search under it is audited."""
-    now_ms = _now_ms()
+    at_ms = now_ms()
     body: dict[str, Any] = {
         "case_reference": case_reference,
         "gallery_ids": gallery,
-        "closes_at_ms": time_ms(closes, "closes", now_ms),
+        "closes_at_ms": time_ms(closes, "closes", at_ms),
         "requested_by": requested_by,
         "purpose": purpose,
         "immigration_authority": immigration_authority,
         "rank_max": rank_max,
     }
     if opens != "now":
-        body["opens_at_ms"] = time_ms(opens, "opens", now_ms)
-    with api_to(http, token_file, ca_file) as api:
-        done = api.post(path_of("cases"), body)
-    if as_json:
-        print_json(done)
-    else:
-        typer.echo(f"Created case {case_reference} (sequence {done['sequence']}).")
+        body["opens_at_ms"] = time_ms(opens, "opens", at_ms)
+    done = api.post(path_of("cases"), body)
+    return Answer(done, f"Created case {case_reference} (sequence {done['sequence']}).")
 
 
-@cases.command("list")
-def list_cases(
-    http: Http = HTTP_URL, token_file: TokenFile = None, ca_file: CaFile = None, as_json: AsJson = False
-) -> None:
-    """List the cases."""
-    with api_to(http, token_file, ca_file) as api:
-        found = api.get(path_of("cases"))
-    if as_json:
-        print_json(found)
-    else:
-        columns = ("case_reference", "gallery_ids", "opens_at_ms", "closes_at_ms", "ended_at_ms", "requested_by")
-        print_rows(found["cases"], columns, "There are no cases.")
-
-
-@cases.command("show")
-def show_case(
-    case_reference: str,
-    http: Http = HTTP_URL,
-    token_file: TokenFile = None,
-    ca_file: CaFile = None,
-    as_json: AsJson = False,
-) -> None:
-    """Describe a case."""
-    with api_to(http, token_file, ca_file) as api:
-        found = api.get(path_of("cases", case_reference))
-    (print_json if as_json else print_fields)(found)
+cases.command("list")(
+    lists(
+        "cases",
+        ("case_reference", "gallery_ids", "opens_at_ms", "closes_at_ms", "ended_at_ms", "requested_by"),
+        "There are no cases.",
+        "List the cases.",
+    )
+)
+cases.command("show")(shows("cases", "case_reference", "Describe a case."))
 
 
 @cases.command("end")
-def end_case(
-    case_reference: str,
-    http: Http = HTTP_URL,
-    token_file: TokenFile = None,
-    ca_file: CaFile = None,
-    as_json: AsJson = False,
-) -> None:
+@asking
+def end_case(api: HttpApi, case_reference: str) -> Answer:
     """End a case: from now on nothing is searched under it."""
-    with api_to(http, token_file, ca_file) as api:
-        done = api.post(path_of("cases", case_reference, "end"))
-    if as_json:
-        print_json(done)
-    else:
-        typer.echo(f"Ended case {case_reference} (sequence {done['sequence']}).")
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
+    done = api.post(path_of("cases", case_reference, "end"))
+    return Answer(done, f"Ended case {case_reference} (sequence {done['sequence']}).")

@@ -95,7 +95,7 @@ def evaluate(
     from matcher_service.evaluation.evaluation import evaluate as evaluated
     from matcher_service.evaluation.labelled import load_labelled
     from matcher_service.evaluation.verdict import Answer, judge
-    from matcher_service.evidence import in_words
+    from matcher_service.evidence_in_words import in_words
 
     searched = load_labelled(probes)
     held = load_labelled(references) if references else None

@@ -7,11 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from matcher_service import evidence
-from matcher_service.commands.http_api import api_to, path_of
-from matcher_service.commands.options import HTTP_URL, AsJson, CaFile, Http, Reason, TokenFile, space_from
-from matcher_service.commands.output import print_fields, print_json, print_rows
+from matcher_service.commands.asking import Answer, asking, lists, shows
+from matcher_service.commands.http_api import HttpApi, path_of
+from matcher_service.commands.options import Reason, space_from
+from matcher_service.commands.output import Document, print_fields, print_rows
 from matcher_service.commands.times import duration_ms
+from matcher_service.evidence_in_words import in_words
 
 galleries = typer.Typer(no_args_is_help=True, help="Named sets of references under one lawful basis.")
 watchlists = typer.Typer(no_args_is_help=True, help="The short-lived galleries of a deployment.")
@@ -39,41 +40,29 @@ OneFalseAlertIn = Annotated[
 Adjudicators = Annotated[int, typer.Option(min=1, max=2, help="People who must judge an alert.")]
 
 
-def _say(done: dict[str, Any]) -> None:
+def _told(done: Document) -> str:
     """A gallery's threshold, with what is on record of it."""
-    typer.echo(f"Threshold {done['threshold']:.4f}.")
-    for sentence in evidence.in_words(done["evidence"]):
-        typer.echo(f"  {sentence}")
+    return "\n  ".join([f"Threshold {done['threshold']:.4f}.", *in_words(done["evidence"])])
 
 
-def _show(found: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print_json(found)
-        return
-    then, now = found.pop("evidence"), found.pop("evidence_now")
-    print_fields(found)
-    _say({**found, "evidence": then})
+def _describe(found: Document) -> None:
+    print_fields({name: value for name, value in found.items() if name not in ("evidence", "evidence_now")})
+    typer.echo(_told(found))
+    now = found["evidence_now"]
     if now is not None:
-        typer.echo(f"The template space has been calibrated anew since. By calibration {now['calibration_sequence']}:")
-        for sentence in evidence.in_words(now):
-            typer.echo(f"  {sentence}")
+        anew = f"The template space has been calibrated anew since. By calibration {now['calibration_sequence']}:"
+        typer.echo("\n  ".join([anew, *in_words(now)]))
 
 
-@galleries.command("list")
-def list_galleries(
-    http: Http = HTTP_URL, token_file: TokenFile = None, ca_file: CaFile = None, as_json: AsJson = False
-) -> None:
-    """List the galleries."""
-    with api_to(http, token_file, ca_file) as api:
-        found = api.get(path_of("galleries"))
-    if as_json:
-        print_json(found)
-    else:
-        print_rows(found["galleries"], _COLUMNS, "There are no galleries; `matcher galleries create` makes one.")
+galleries.command("list")(
+    lists("galleries", _COLUMNS, "There are no galleries; `matcher galleries create` makes one.", "List the galleries.")
+)
 
 
 @galleries.command("create")
+@asking
 def create_gallery(
+    api: HttpApi,
     gallery_id: str,
     kind: Annotated[str, typer.Option(help="custody or immigration.")],
     controller: Annotated[str, typer.Option(help="Who is answerable for the data.")],
@@ -90,11 +79,7 @@ def create_gallery(
     resembles_max: ResemblesMax = 0,
     size_max: Annotated[int, typer.Option(help="References that the threshold was calibrated for; 0: any.")] = 0,
     adjudicators: Adjudicators = 1,
-    http: Http = HTTP_URL,
-    token_file: TokenFile = None,
-    ca_file: CaFile = None,
-    as_json: AsJson = False,
-) -> None:
+) -> Answer:
     """Create a gallery in a registered template space; for a watchlist see `matcher watchlists create`."""
     body: dict[str, Any] = {
         "gallery_id": gallery_id,
@@ -114,31 +99,17 @@ def create_gallery(
         "threshold": threshold,
         "one_false_alert_in": one_false_alert_in,
     }
-    with api_to(http, token_file, ca_file) as api:
-        done = api.post(path_of("galleries"), body)
-    if as_json:
-        print_json(done)
-    else:
-        typer.echo(f"Created gallery {gallery_id} (sequence {done['sequence']}).")
-        _say(done)
+    done = api.post(path_of("galleries"), body)
+    return Answer(done, f"Created gallery {gallery_id} (sequence {done['sequence']}).\n{_told(done)}")
 
 
-@galleries.command("show")
-def show_gallery(
-    gallery_id: str,
-    http: Http = HTTP_URL,
-    token_file: TokenFile = None,
-    ca_file: CaFile = None,
-    as_json: AsJson = False,
-) -> None:
-    """Describe a gallery."""
-    with api_to(http, token_file, ca_file) as api:
-        found = api.get(path_of("galleries", gallery_id))
-    _show(found, as_json)
+galleries.command("show")(shows("galleries", "gallery_id", "Describe a gallery.", _describe))
 
 
 @galleries.command("threshold")
+@asking
 def change_threshold(
+    api: HttpApi,
     gallery_id: str,
     threshold: Annotated[float, typer.Argument(help="Least score that is a candidate from now on, in [-1, 1].")],
     before: Annotated[Path, typer.Option(help="report.json of `matcher evaluate` at the threshold until now.")],
@@ -146,83 +117,53 @@ def change_threshold(
     proposed_by: Annotated[str, typer.Option(help="Who proposes it.")],
     approved_by: Annotated[str, typer.Option(help="Who approves it: a second person.")],
     reason: Reason,
-    http: Http = HTTP_URL,
-    token_file: TokenFile = None,
-    ca_file: CaFile = None,
-    as_json: AsJson = False,
-) -> None:
+) -> Answer:
     """Change a gallery's threshold, with what it does to the error rates, by group where both reports tell groups."""
     from matcher_service.commands.threshold_evidence import rate_changes
 
-    with api_to(http, token_file, ca_file) as api:
-        now = api.get(path_of("galleries", gallery_id))["threshold"]
-        rates = rate_changes(before, now, after, threshold)
-        body = {
-            "threshold": threshold,
-            "reason": reason,
-            "proposed_by": proposed_by,
-            "approved_by": approved_by,
-            "rates": rates,
-        }
-        done = api.post(path_of("galleries", gallery_id, "threshold"), body)
-    if as_json:
-        print_json({**done, "threshold_before": now, "rates": rates})
-        return
-    print_rows(rates, ("measure", "group", "before", "after"), "")
-    typer.echo(f"Threshold of {gallery_id}: {now:g} before, {threshold:g} from now on (sequence {done['sequence']}).")
-    _say(done)
+    now = api.get(path_of("galleries", gallery_id))["threshold"]
+    rates = rate_changes(before, now, after, threshold)
+    body = {
+        "threshold": threshold,
+        "reason": reason,
+        "proposed_by": proposed_by,
+        "approved_by": approved_by,
+        "rates": rates,
+    }
+    done = api.post(path_of("galleries", gallery_id, "threshold"), body)
+
+    def shown() -> None:
+        print_rows(rates, ("measure", "group", "before", "after"), "")
+        sequence = done["sequence"]
+        typer.echo(f"Threshold of {gallery_id}: {now:g} before, {threshold:g} from now on (sequence {sequence}).")
+        typer.echo(_told(done))
+
+    return Answer({**done, "threshold_before": now, "rates": rates}, shown)
 
 
 @galleries.command("delete")
+@asking
 def delete_gallery(
+    api: HttpApi,
     gallery_id: str,
     reason: Reason,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    http: Http = HTTP_URL,
-    token_file: TokenFile = None,
-    ca_file: CaFile = None,
-    as_json: AsJson = False,
-) -> None:
+) -> Answer:
     """Withdraw every reference of a gallery and destroy its key. Its id is never used again."""
     if not yes:
         typer.confirm(f"Delete gallery {gallery_id} and everything in it, for good?", abort=True, err=True)
-    with api_to(http, token_file, ca_file) as api:
-        done = api.delete(path_of("galleries", gallery_id), reason=reason)
-    if as_json:
-        print_json(done)
-    else:
-        typer.echo(f"Deleted gallery {gallery_id} (sequence {done['sequence']}).")
+    done = api.delete(path_of("galleries", gallery_id), reason=reason)
+    return Answer(done, f"Deleted gallery {gallery_id} (sequence {done['sequence']}).")
 
 
-@watchlists.command("list")
-def list_watchlists(
-    http: Http = HTTP_URL, token_file: TokenFile = None, ca_file: CaFile = None, as_json: AsJson = False
-) -> None:
-    """List the watchlists."""
-    with api_to(http, token_file, ca_file) as api:
-        found = api.get(path_of("watchlists"))
-    if as_json:
-        print_json(found)
-    else:
-        print_rows(found["watchlists"], _COLUMNS, "There are no watchlists.")
-
-
-@watchlists.command("show")
-def show_watchlist(
-    gallery_id: str,
-    http: Http = HTTP_URL,
-    token_file: TokenFile = None,
-    ca_file: CaFile = None,
-    as_json: AsJson = False,
-) -> None:
-    """Describe a watchlist."""
-    with api_to(http, token_file, ca_file) as api:
-        found = api.get(path_of("watchlists", gallery_id))
-    _show(found, as_json)
+watchlists.command("list")(lists("watchlists", _COLUMNS, "There are no watchlists.", "List the watchlists."))
+watchlists.command("show")(shows("watchlists", "gallery_id", "Describe a watchlist.", _describe))
 
 
 @watchlists.command("create")
+@asking
 def create_watchlist(
+    api: HttpApi,
     gallery_id: str,
     deployment: Annotated[str, typer.Option(help="The deployment that it is built for.")],
     category: Annotated[list[str], typer.Option(help="Of the closed list (see /docs); repeat for more.")],
@@ -238,11 +179,7 @@ def create_watchlist(
     quality_min: QualityMin = 0.0,
     resembles_max: ResemblesMax = 0,
     adjudicators: Adjudicators = 1,
-    http: Http = HTTP_URL,
-    token_file: TokenFile = None,
-    ca_file: CaFile = None,
-    as_json: AsJson = False,
-) -> None:
+) -> Answer:
     """Build a watchlist for one deployment. Nothing is searched in it until somebody else has approved it."""
     body: dict[str, Any] = {
         "gallery_id": gallery_id,
@@ -260,53 +197,36 @@ def create_watchlist(
         "adjudicators": adjudicators,
         "watchlist": {"deployment_id": deployment, "categories": category, "author": author},
     }
-    with api_to(http, token_file, ca_file) as api:
-        done = api.post(path_of("galleries"), body)
-    if as_json:
-        print_json(done)
-    else:
-        typer.echo(f"Built watchlist {gallery_id} (sequence {done['sequence']}); it waits for approval.")
-        _say(done)
+    done = api.post(path_of("galleries"), body)
+    built = f"Built watchlist {gallery_id} (sequence {done['sequence']}); it waits for approval."
+    return Answer(done, f"{built}\n{_told(done)}")
 
 
 @watchlists.command("approve")
+@asking
 def approve_watchlist(
+    api: HttpApi,
     gallery_id: str,
     approved_by: Annotated[str, typer.Option(help="An authorising officer other than its author.")],
     reason: Reason,
     reopen: Annotated[bool, typer.Option("--reopen", help="Instead stop it being searched, to change it.")] = False,
-    http: Http = HTTP_URL,
-    token_file: TokenFile = None,
-    ca_file: CaFile = None,
-    as_json: AsJson = False,
-) -> None:
+) -> Answer:
     """Let a watchlist be searched. While it is approved nobody is added to it."""
     body = {"approved_by": approved_by, "reason": reason, "approved": not reopen}
-    with api_to(http, token_file, ca_file) as api:
-        done = api.post(path_of("watchlists", gallery_id, "approval"), body)
-    if as_json:
-        print_json(done)
-    else:
-        state = "is approved" if done["approved"] else "is open to change, and not searched"
-        typer.echo(f"Watchlist {gallery_id} {state} (sequence {done['sequence']}).")
-        _say(done)
+    done = api.post(path_of("watchlists", gallery_id, "approval"), body)
+    state = "is approved" if done["approved"] else "is open to change, and not searched"
+    return Answer(done, f"Watchlist {gallery_id} {state} (sequence {done['sequence']}).\n{_told(done)}")
 
 
-@spaces.command("list")
-def list_spaces(
-    http: Http = HTTP_URL, token_file: TokenFile = None, ca_file: CaFile = None, as_json: AsJson = False
-) -> None:
-    """List the template spaces."""
-    with api_to(http, token_file, ca_file) as api:
-        found = api.get(path_of("spaces"))
-    if as_json:
-        print_json(found)
-    else:
-        print_rows(found["spaces"], ("name", "version", "dimension"), "There are no template spaces.")
+spaces.command("list")(
+    lists("spaces", ("name", "version", "dimension"), "There are no template spaces.", "List the template spaces.")
+)
 
 
 @spaces.command("register")
+@asking
 def register_space(
+    api: HttpApi,
     space: Annotated[str, typer.Argument(help=_SPACE)],
     centre: Annotated[str, typer.Option(help="A .npy file of the mean template, or the word zero.")],
     map_from: Annotated[
@@ -315,11 +235,7 @@ def register_space(
     score_table: Annotated[
         Path | None, typer.Option(help="JSON file: scores (ascending), rates (false-match rates), method.")
     ] = None,
-    http: Http = HTTP_URL,
-    token_file: TokenFile = None,
-    ca_file: CaFile = None,
-    as_json: AsJson = False,
-) -> None:
+) -> Answer:
     """Register a template space with its centre. Another centre is another version."""
     import json
 
@@ -341,12 +257,8 @@ def register_space(
             body["score_table"] = json.loads(score_table.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InvalidInput(f"cannot read {score_table}: {error}", field="score_table", hint="give JSON") from error
-    with api_to(http, token_file, ca_file) as api:
-        done = api.post(path_of("spaces"), body)
-    if as_json:
-        print_json(done)
-    else:
-        typer.echo(f"Registered template space {named} (sequence {done['sequence']}).")
+    done = api.post(path_of("spaces"), body)
+    return Answer(done, f"Registered template space {named} (sequence {done['sequence']}).")
 
 
 def _numbers(file: str, field: str, shape: tuple[int, ...]) -> str:

@@ -11,7 +11,7 @@ from matcher_service.evaluation.evaluation import Evaluation
 from matcher_service.evaluation.intervals import Rate
 from matcher_service.evaluation.plots import Plot
 from matcher_service.evaluation.verdict import Answer, Verdict
-from matcher_service.evidence import one_in
+from matcher_service.evidence_in_words import one_in
 
 _STYLE = """
 :root { color-scheme: light; }

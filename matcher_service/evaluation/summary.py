@@ -9,7 +9,7 @@ from rich.text import Text
 from matcher_service.evaluation.evaluation import Evaluation
 from matcher_service.evaluation.intervals import Rate
 from matcher_service.evaluation.verdict import Answer, Verdict
-from matcher_service.evidence import one_in
+from matcher_service.evidence_in_words import one_in
 
 _STYLES = {Answer.YES: "green", Answer.NO: "bold red", Answer.NOT_SHOWN: "yellow"}
 

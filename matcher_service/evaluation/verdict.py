@@ -13,7 +13,7 @@ from typing import NamedTuple
 from matcher_service.evaluation.demographics import RATIO_OF_CONCERN, Differential, Finding
 from matcher_service.evaluation.evaluation import Evaluation
 from matcher_service.evaluation.intervals import Rate
-from matcher_service.evidence import one_in
+from matcher_service.evidence_in_words import one_in
 
 FAILURES_MAX = 0.01
 

@@ -150,7 +150,10 @@ def router(service: Service) -> APIRouter:
             reference_ids=tuple(body.reference_ids),
         )
         receipt = await service.change(MakeProposal(proposal), actor)
-        return json_response({"proposal_id": proposal.proposal_id, "sequence": receipt.sequence}, 201)
+        held = catalogue.proposals.get(proposal.proposal_id)
+        known = None if held is None else records.evidence_dict(held.evidence)
+        told = {"proposal_id": proposal.proposal_id, "evidence": known}
+        return json_response({**told, "sequence": receipt.sequence}, 201)
 
     @routes.get("/v1/proposals")
     async def list_proposals(request: Request, query: Annotated[NoQuery, Query()]) -> Response:

@@ -27,7 +27,7 @@ from matcher_service.evaluation.searches import (
     searches_of,
 )
 from matcher_service.evaluation.verdict import Answer, _in_people, judge
-from matcher_service.evidence import one_in
+from matcher_service.evidence_in_words import one_in
 from matcher_service.terms import Candidate, Decision, Outcome
 
 SEED = 19795

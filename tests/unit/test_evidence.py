@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from matcher_service import evidence, records
+from matcher_service import deployment_report, evidence, records
 from matcher_service.catalogue import Catalogue
 from matcher_service.errors import InvalidInput
+from matcher_service.evidence_in_words import in_words
 from matcher_service.models.promise import promise, threshold_limits
 from matcher_service.models.score_calibrator import check_table
 from matcher_service.terms import (
     ChangeThreshold,
     CreateGallery,
+    Deployment,
     EntryKind,
     Gallery,
     GalleryKind,
@@ -76,7 +78,7 @@ def created(write: CreateGallery, known: Catalogue) -> Gallery:
 
 
 def words(held: Gallery) -> str:
-    return " ".join(evidence.in_words(records.evidence_dict(held.evidence)))
+    return " ".join(in_words(records.evidence_dict(held.evidence)))
 
 
 def test_a_target_gives_the_threshold_with_its_limits_and_both_error_rates_and_all_of_it_is_kept() -> None:
@@ -239,6 +241,25 @@ def test_another_calibration_is_told_beside_the_one_that_the_threshold_rests_on(
     assert "the upper limit is" in now.not_supported
     assert evidence.superseded(gallery(), catalogue(TABLE)) is not None
     assert evidence.superseded(gallery(), catalogue(None)) is None
+
+
+def test_what_is_published_of_a_deployment_says_what_each_threshold_rested_on() -> None:
+    held = created(CreateGallery(gallery(float("nan")), 20), catalogue(TABLE))
+    change = evidence.settled(ChangeThreshold("g", 0.3, "r", "a", "b", ()), catalogue(TABLE, galleries=(held,)))
+    assert isinstance(change, ChangeThreshold)
+    entries = [
+        entry(2, EntryKind.GALLERY_CREATED, "g", records.encode_gallery(held)),
+        entry(3, EntryKind.THRESHOLD_CHANGED, "g", records.encode_threshold_change(change, held.threshold)),
+    ]
+    report = deployment_report.build(Deployment("d", ("g",), 0, 1, 1, "a", "r"), entries, {}, 0)
+    thresholds = report["galleries"][0]["thresholds"]
+    assert [one["evidence"] for one in thresholds] == [
+        records.evidence_dict(held.evidence),
+        records.evidence_dict(change.evidence),
+    ]
+    page = deployment_report.page(report)
+    assert page.count("at most one false alert in 20, with 100 references") == 2
+    assert page.count("NOT SUPPORTED BY EVIDENCE: At most one false alert in 20 was asked for") == 1
 
 
 @pytest.mark.parametrize(
