@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 from rich.console import Console
 
@@ -53,6 +54,7 @@ pytestmark = pytest.mark.cluster
 SPACE = SpaceId("cluster", 1, 24)
 ACTOR = Actor("test")
 PATIENCE_S = 120
+LOOK_EVERY_S = 0.5
 
 SERVERS = (
     {"whole": ALL_PARTITIONS, "half_1": share(1, 2), "quarter_0": share(0, 4), "quarter_1": share(1, 4)},
@@ -256,28 +258,38 @@ async def test_a_cluster_answers_as_one_process_does_whatever_it_is_made_of(clus
 
 
 async def supervise(server: ServedTriton) -> None:
-    """Start the server again when it is not ready for a while, as whatever runs it in earnest does: after it stood
-    still this release of Triton may give up its models, or abort."""
+    """The rule of docs/SHARDS.md, by which whatever runs a server in earnest keeps it running: start it when it has
+    ended, and anew when it has not been ready at three looks."""
     unready = 0
     while True:
-        await asyncio.sleep(1.0)
-        unready = 0 if await asyncio.to_thread(server.is_ready) else unready + 1
-        if unready == 3:
-            await asyncio.to_thread(server.kill)
-            await asyncio.to_thread(server.start)
+        await asyncio.sleep(LOOK_EVERY_S)
+        unready = 0 if not server.has_ended and await asyncio.to_thread(server.is_ready) else unready + 1
+        if server.has_ended or unready == 3:
+            starting = asyncio.create_task(asyncio.to_thread(again, server))
+            try:
+                await asyncio.shield(starting)
+            finally:
+                # Whoever ends the supervision finds the server as one start left it.
+                await asyncio.wait([starting])
             unready = 0
+
+
+def again(server: ServedTriton) -> None:
+    server.kill()
+    server.start()
 
 
 @asynccontextmanager
 async def losing(made: Farm, server: int) -> AsyncIterator[Callable[[], None]]:
-    """Whatever the test does to the server, it is there again afterwards. Meanwhile, once the test has let it go on
-    (SIGCONT), it is supervised."""
+    """Whatever the test does to the server, it is there afterwards, started anew. Meanwhile, once the test has let it
+    go on (SIGCONT), it is supervised."""
     supervising: list[asyncio.Task[None]] = []
+    it, before = made.servers[server], made.servers[server].pid
 
     def go_on() -> None:
-        made.servers[server].send(signal.SIGCONT)
+        it.send(signal.SIGCONT)
         if not supervising:
-            supervising.append(asyncio.create_task(supervise(made.servers[server])))
+            supervising.append(asyncio.create_task(supervise(it)))
 
     try:
         yield go_on
@@ -285,9 +297,9 @@ async def losing(made: Farm, server: int) -> AsyncIterator[Callable[[], None]]:
         for task in supervising:
             task.cancel()
         await asyncio.gather(*supervising, return_exceptions=True)
-        print(made.servers[server].log_tail(20))
-        await asyncio.to_thread(made.servers[server].kill)
-        await asyncio.to_thread(made.servers[server].start)
+        print(it.log_tail(20))
+        if it.pid == before or it.has_ended or not await asyncio.to_thread(it.is_ready):
+            await asyncio.to_thread(again, it)
 
 
 async def test_models_on_triton_change_no_answer(cluster: Farm, served_models: ServedTriton, tmp_path: Path) -> None:
@@ -346,12 +358,51 @@ async def test_the_loss_of_a_server_is_said_and_costs_only_what_it_alone_held(
             while told != {("partitions 192-255",)}:
                 told = {answer.missing for answer in await asked(one.client, name, rows[:8])}
         if loss is signal.SIGKILL:
-            await asyncio.to_thread(cluster.servers[2].kill)
-            await asyncio.to_thread(cluster.servers[2].start)
+            await asyncio.to_thread(again, cluster.servers[2])
         else:
             go_on()
         after = await complete(one.client, name, rows)
         assert [found(answer) for answer in after] == ids
+
+
+@pytest.mark.parametrize("loss", ["the process of its shard is killed", "it stands still for good"])
+async def test_a_supervised_server_comes_back_without_hands_and_nothing_wrong_is_said_meanwhile(
+    cluster: Farm, tmp_path: Path, loss: str
+) -> None:
+    """Law 4. Triton itself starts no model's process again, and cannot tell that it stands still: the shard's guard
+    ends the server in the first case, and the rule of whatever keeps it running sees the second."""
+    name = f"supervised-{loss.split()[0]}"
+    ids, rows = named(name, 80), someone(25, 80)
+    server = cluster.servers[2]
+    async with gateway(cluster, tmp_path, with_a_pair(cluster)) as one, losing(cluster, 2):
+        await prepared(one, name)
+        head = await enrolled(one.client, name, ids, rows)
+        assert [found(answer) for answer in await complete(one.client, name, rows, min_sequence=head)] == ids
+        lost, processes = server.pid, psutil.Process(server.pid).children(recursive=True)
+        supervising = asyncio.create_task(supervise(server))
+        try:
+            if loss == "it stands still for good":
+                server.send(signal.SIGSTOP)
+            else:
+                (shard,) = (own for own in processes if own.ppid() == lost and "/shard_2/" in " ".join(own.cmdline()))
+                shard.kill()
+            lacking, whole = 0, False
+            async with asyncio.timeout(PATIENCE_S):
+                while server.pid == lost or not whole:
+                    answers = await asked(one.client, name, rows)
+                    for answer, mate in zip(answers, ids, strict=True):
+                        if found(answer) != mate:
+                            assert answer.decision.outcome is Outcome.INCOMPLETE
+                            assert partition_of(name, mate) in missing(answer)
+                            lacking += 1
+                    whole = not any(answer.missing for answer in answers)
+            assert lacking
+        finally:
+            supervising.cancel()
+            await asyncio.gather(supervising, return_exceptions=True)
+        assert not [left for left in processes if left.is_running() and left.status() != psutil.STATUS_ZOMBIE], (
+            "guards and shards end with their server"
+        )
 
 
 async def several(client: MatcherClient, deployment_id: str, rows: np.ndarray, rounds: int) -> list[list[ProbeAnswer]]:

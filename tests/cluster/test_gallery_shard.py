@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 
 from matcher_service.clock import SystemClock
@@ -349,22 +348,3 @@ def test_a_shard_that_cannot_be_right_does_not_load(
         server.start()
     log = server.log_file.read_text(errors="replace")
     assert ("tensors do not arrive as they were sent" if harm == "numpy" else "keys_dir: Field required") in log
-
-
-async def test_a_server_whose_shard_is_killed_ends_so_that_it_is_started_again(
-    server_environment: ServerEnvironment, world: World, tmp_path: Path
-) -> None:
-    """Triton does not start a model's process again: left alone, the server would refuse every request for ever."""
-    with served_shards(server_environment, tmp_path, world.log_url, world.keys_dir, {"a": ALL_PARTITIONS}) as server:
-        async with asked(server) as asking:
-            await until_state(asking, "a", fresh(world.sequence, ALL_PARTITIONS))
-        processes = psutil.Process(server.pid).children(recursive=True)
-        (guard,) = (one for one in processes if one.parent() in processes)
-        shard = guard.parent()
-        assert shard is not None
-        shard.kill()
-        await asyncio.to_thread(server.await_end)
-        await asyncio.to_thread(guard.wait, 60)
-        await asyncio.to_thread(server.start)
-        async with asked(server) as asking:
-            await until_state(asking, "a", fresh(world.sequence, ALL_PARTITIONS))
