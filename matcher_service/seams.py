@@ -120,6 +120,11 @@ class GalleryLog(Protocol):
         before `limit` though there are more."""
         ...
 
+    async def read_share(self, partitions: Collection[int], after: int, upto: int, limit: int) -> Sequence[LogEntry]:
+        """Committed entries with after < sequence <= upto, in order: the catalogue's, and those of references in these
+        partitions. Fewer than `limit` are all there are. Only they leave the database."""
+        ...
+
     async def head(self) -> int:
         """Sequence of the newest committed entry; 0 for an empty log."""
         ...

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import orjson
-from sqlalchemy import Connection, Engine, Select, select
+from sqlalchemy import ColumnElement, Connection, Engine, Select, or_, select
 from sqlalchemy.exc import DatabaseError, DataError, DBAPIError, IntegrityError, ProgrammingError, SQLAlchemyError
 
 from matcher_service import audit
@@ -142,6 +142,10 @@ class Database(Protocol):
 
     def wipe(self) -> bool:
         """See to it that nothing which a committed transaction removed is left where it was; False: try again."""
+        ...
+
+    def partition(self) -> ColumnElement[int]:
+        """The partition of an entry's reference, computed by the database."""
         ...
 
     def dispose(self) -> None: ...
@@ -519,6 +523,12 @@ class SqlGalleryLog:
             wanted = wanted.where(entry.c.kind.in_([int(kind) for kind in kinds]))
             if _OF_REFERENCES.isdisjoint(kinds):
                 wanted = wanted.where(IS_CATALOGUE)
+        return await self.query(lambda connection: self._read(connection, wanted))
+
+    async def read_share(self, partitions: Collection[int], after: int, upto: int, limit: int) -> Sequence[LogEntry]:
+        within = _ENTRIES.where(entry.c.sequence > after, entry.c.sequence <= upto)
+        concerned = or_(IS_CATALOGUE, self._database.partition().in_(sorted(partitions)))
+        wanted = within.where(concerned).order_by(entry.c.sequence).limit(limit)
         return await self.query(lambda connection: self._read(connection, wanted))
 
     def _read(self, connection: Connection, wanted: Select[Any]) -> list[LogEntry]:

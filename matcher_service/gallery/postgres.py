@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import psycopg
 from psycopg.abc import PQGen
-from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy import URL, ColumnElement, Connection, Engine, Integer, create_engine, event, literal_column, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.pool import QueuePool
 
@@ -47,6 +47,11 @@ _LINK = {"tcp_user_timeout": 5000, "keepalives_idle": 2, "keepalives_interval": 
 _TAKE_TURN = "SELECT pg_advisory_xact_lock(1296127052, 1)"
 _CHANNEL = "matcher_log"
 _NEWEST = "SELECT sequence, at_ms FROM entry ORDER BY sequence DESC LIMIT 1"
+# As `partitions.partition_of` has it. Not indexed: moving partitions is rare, and an import would pay for it.
+_PARTITION = (
+    "get_byte(sha256("
+    "convert_to(entry.gallery_id, 'UTF8') || '\\x00'::bytea || convert_to(entry.reference_id, 'UTF8')), 0)"
+)
 _LISTENER_REPLY_S_MAX = 1.0
 _RECONNECT_EVERY_S = 0.1
 # A gateway that stands still inside its turn must not hold the others up for longer.
@@ -214,6 +219,9 @@ class PostgresDatabase:
         finally:
             self._wiping = None
         return not dead
+
+    def partition(self) -> ColumnElement[int]:
+        return literal_column(_PARTITION, Integer())
 
     def dispose(self) -> None:
         if self._listener is not None:

@@ -12,10 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from sqlite3 import Connection as SqliteConnection
 
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import ColumnElement, Connection, Engine, Integer, create_engine, event, func
 from sqlalchemy.pool import QueuePool
 
 from matcher_service.gallery.migrate import check_version, migrate
+from matcher_service.gallery.schema import entry
+from matcher_service.partitions import partition_of
 
 FILE_NAME = "gallery.db"
 
@@ -99,6 +101,9 @@ class SqliteDatabase:
             connection.close()
         return not busy
 
+    def partition(self) -> ColumnElement[int]:
+        return func.partition_of(entry.c.gallery_id, entry.c.reference_id, type_=Integer())
+
     def dispose(self) -> None:
         self.reader.dispose()
         self.writer.dispose()
@@ -119,6 +124,7 @@ def _engine(path: Path, connections: int, begin: str, *pragmas: str) -> Engine:
         connection.isolation_level = None
         for pragma in pragmas:
             connection.execute(f"PRAGMA {pragma}")
+        connection.create_function("partition_of", 2, partition_of, deterministic=True)
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:

@@ -7,7 +7,8 @@ immutable value, `_Standing`, before and one after, and answers for the partitio
 - *A partition that is lost* is no longer answered for at once. Its rows go on being ended, but none come in, until
   all of them have been let go of: so at no moment does a search meet a row that should have ended.
 - *Partitions that are gained* are replayed from the beginning into an index aside, of the same engine, which is
-  adopted whole when it stands where the main one stands. Until then they are not answered for.
+  adopted whole when it stands where the main one stands. Until then they are not answered for. The log gives out their
+  entries alone.
 - *Freshness*: where a reading finds nothing more, everything that was committed before it began is applied. That
   beginning is the moment at which the shard last knew itself caught up.
 - *Another log*: with every reading the entry applied last is looked for. If it is not there any more, the log is not
@@ -61,6 +62,8 @@ from matcher_service.shards.local import LocalShard
 from matcher_service.terms import EntryKind, LogEntry, SearchRequest
 
 BLOCK_ENTRIES = 4096
+# So many entries at once are looked through for those of a share; the database answers within a second or so.
+SEARCHED_ENTRIES = 262_144
 # The log is read as often even if no news comes, so that a quiet shard stays within the lease of law 5 (500 ms).
 READ_EVERY_S = 0.15
 TEND_EVERY_S = 1.0
@@ -427,6 +430,9 @@ class FollowingShard:
                 pass
             if not self._still(gaining):
                 return False
+            # What was read must be of the log that the main index is of, up to where it stands.
+            upto = self._standing.shard.applied_sequence
+            self._check_place(await log.read(max(0, upto - 1), 1), upto)
             # On record before a row of theirs can reach the files.
             self._assigned = replace(self._assigned, settled=False)
             self._save()
@@ -446,11 +452,10 @@ class FollowingShard:
         upto = self._standing.shard.applied_sequence
         if other.applied_sequence >= upto:
             return False
-        read = await log.read(other.applied_sequence, BLOCK_ENTRIES)
-        entries = [entry for entry in read if entry.sequence <= upto]
-        if not entries:
-            raise _AnotherLog
-        await other.apply(_of(entries, mask_of(gaining), mask_of(())), entries[-1].sequence)
+        reach = min(upto, other.applied_sequence + SEARCHED_ENTRIES)
+        entries = await log.read_share(gaining, other.applied_sequence, reach, BLOCK_ENTRIES)
+        through = entries[-1].sequence if len(entries) == BLOCK_ENTRIES else reach
+        await other.apply(entries, through)
         return True
 
     # --- files -------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from matcher_service.errors import (
     TooLarge,
 )
 from matcher_service.gallery.log import open_sqlite_log
+from matcher_service.partitions import partition_of
 from matcher_service.seams import GalleryLog
 from matcher_service.settings import StorageSettings
 from matcher_service.terms import (
@@ -305,6 +306,33 @@ async def test_too_many_writes_at_once_are_refused_whole(stocked: World) -> None
     with pytest.raises(TooLarge):
         await stocked.log.append([enrol("a")] * 10_001, CLERK)
     assert await stocked.log.head() == 3
+
+
+async def test_a_share_of_the_log_is_the_catalogue_and_the_references_of_its_partitions(stocked: World) -> None:
+    """Whatever is asked for at once, and whatever the names are made of; each entry as `read` gives it."""
+    names = [f"r{number}" for number in range(40)] + ["Zoë", "Ж/7", "a'b", "\u200b", "雪"]
+    await stocked.do(*map(enrol, names))
+    await stocked.do(Withdraw("custody", "r3", "released"))
+    every = list(await stocked.log.read(0, 1000))
+    upto = every[-2].sequence
+    for partitions in (frozenset(range(100)), frozenset({partition_of("custody", "r3")}), frozenset()):
+        expected = [
+            one
+            for one in every
+            if one.sequence <= upto
+            and (
+                one.kind not in (EntryKind.ENROL, EntryKind.WITHDRAW)
+                or partition_of(one.gallery_id, one.reference_id) in partitions
+            )
+        ]
+        for limit in (1, 7, 1000):
+            found: list[LogEntry] = []
+            while some := await stocked.log.read_share(partitions, found[-1].sequence if found else 0, upto, limit):
+                assert len(some) <= limit
+                found += some
+                if len(some) < limit:
+                    break
+            assert found == expected
 
 
 # --- news ------------------------------------------------------------------------------------------------

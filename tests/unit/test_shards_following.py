@@ -46,6 +46,17 @@ class ReadableLog:
             raise LogUnavailable("the log is down", hint="wait")
         return [one for one in self.written.entries if one.sequence > after][:limit]
 
+    async def read_share(self, partitions: Collection[int], after: int, upto: int, limit: int) -> list[LogEntry]:
+        return [
+            one
+            for one in await self.read(after, len(self.written.entries))
+            if one.sequence <= upto
+            and (
+                one.kind not in (EntryKind.ENROL, EntryKind.WITHDRAW)
+                or partition_of(one.gallery_id, one.reference_id) in partitions
+            )
+        ][:limit]
+
     async def head(self) -> int:
         return len(self.written.entries)
 
