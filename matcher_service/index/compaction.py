@@ -35,21 +35,19 @@ class CompactionBudget:
 
 
 class SegmentSize(NamedTuple):
-    """`live` and `dead` rows, the log time at which the first of the dead ended, whether the codes were made in a
-    hurry, and whether the rows are `plain`: without codes that would pay."""
+    """`live` and `dead` rows, the log time at which the first of the dead ended, and whether the rows are `plain`:
+    without codes that would pay."""
 
     live: int
     dead: int
     died_ms_min: int
-    hurried: bool = False
     plain: bool = False
 
 
 def to_rewrite(sizes: Sequence[SegmentSize], budget: CompactionBudget, now_ms: int, *, quiet: bool) -> list[int]:
     """Positions of the segments to join into one next; [] if all is well.
 
-    First what must be erased by now, then what carries too many dead rows, then what has no codes or is too small,
-    and in quiet moments what was made in a hurry.
+    First what must be erased by now, then what carries too many dead rows, then what has no codes or is too small.
     """
     overdue = [i for i, size in enumerate(sizes) if size.dead and now_ms - size.died_ms_min >= budget.erase_after_ms]
     if overdue:
@@ -62,7 +60,7 @@ def to_rewrite(sizes: Sequence[SegmentSize], budget: CompactionBudget, now_ms: i
     if sum(sizes[i].live for i in plain) >= (1 if quiet else PLAIN_ROWS_MAX):
         return _up_to(sizes, plain, budget.rows_max)
     if quiet:
-        return _too_small(sizes, every, budget.rows_max, _QUIET_WEIGHT) or [i for i in every if sizes[i].hurried][:1]
+        return _too_small(sizes, every, budget.rows_max, _QUIET_WEIGHT)
     return _too_small(sizes, [i for i in every if not sizes[i].plain], budget.rows_max, _STREAMING_WEIGHT)
 
 

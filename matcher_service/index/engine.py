@@ -37,7 +37,7 @@ _ROWS_JUDGED_AT_ONCE = 16_384
 class BuildScanner(Protocol):
     """See `scanners.Scanners.build`."""
 
-    def __call__(self, stored: Float16, *, hurried: bool = False) -> Scanner: ...
+    def __call__(self, stored: Float16) -> Scanner: ...
 
 
 DimensionOf = Callable[[LogEntry], int]
@@ -484,7 +484,7 @@ class Engine:
         fresh: Segment | None = None
         if any(len(rows) for rows in kept):
             content = joined([(segment.content, rows) for segment, rows in zip(segments, kept, strict=True)])
-            fresh = Segment(content, self._build(content.stored, hurried=not quiet), hurried=not quiet)
+            fresh = Segment(content, self._build(content.stored))
         with self._writing:
             state = self._states.get(gallery_id)
             if state is None or any(segment not in state.segments for segment in segments):
@@ -514,10 +514,7 @@ class Engine:
     def _choose(self, budget: CompactionBudget, now_ms: int, *, quiet: bool) -> tuple[str, list[Segment]] | None:
         with self._writing:
             for gallery_id, state in self._states.items():
-                sizes = [
-                    SegmentSize(one.live, one.dead, one.died_ms_min, one.hurried, not one.coded)
-                    for one in state.segments
-                ]
+                sizes = [SegmentSize(one.live, one.dead, one.died_ms_min, not one.coded) for one in state.segments]
                 positions = to_rewrite(sizes, budget, now_ms, quiet=quiet)
                 if positions:
                     return gallery_id, [state.segments[i] for i in positions]

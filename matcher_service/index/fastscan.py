@@ -27,7 +27,7 @@ from matcher_service.index.products import Products
 from matcher_service.index.refined import Refined
 from matcher_service.index.rotation import Rotation, draw_rotation
 from matcher_service.index.scanner import Hits, Scanner, Tally
-from matcher_service.index.score import float32_margin, norms, not_below, pair_scores
+from matcher_service.index.score import float32_margin, norms, not_below, pair_scores, widen
 from matcher_service.index.wide import WideScanner
 from matcher_service.terms import Float32, Float64, Int64
 
@@ -350,7 +350,8 @@ def build_fastscan(
     builders = {block: CodesBuilder(dimension, block) for block in chosen}
     for start in range(0, rows, _ENCODE_ROWS):
         here = slice(start, start + _ENCODE_ROWS)
-        rotated = stored[here].astype(np.float32) @ rotation.T
+        halves = stored[here]
+        rotated = widen(halves, np.empty(halves.shape, np.float32)) @ rotation.T
         for builder in builders.values():
             builder.add(rotated, np.maximum(row_norms[here], 1e-6))
     if odd.size > max(_ALWAYS_ROWS, rows // 1000) or rows == 0:

@@ -125,7 +125,7 @@ def _gallery(directory: Path, gallery_id: str, files: GalleryFiles, key: Key, pr
 
 
 def _segment(directory: Path, gallery_id: str, file: SealedFile, ended: Ended | None, key: bytes) -> SegmentReport:
-    rows, scanner_arrays, _ = read_rows(directory, gallery_id, file, key)
+    rows, scanner_arrays = read_rows(directory, gallery_id, file, key)
     return SegmentReport(
         file.name,
         len(rows),

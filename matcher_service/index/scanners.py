@@ -10,23 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from matcher_service.errors import StartRefused
-from matcher_service.index.choose import worth_codes
-from matcher_service.index.codes import blocks_for
-from matcher_service.index.fastscan import FastScanScanners, build_fastscan
+from matcher_service.index.fastscan import FastScanScanners
 from matcher_service.index.scanner import Growing, Scanner
 from matcher_service.settings import IndexSettings
-
-# Coordinates for each 4-bit code where time is short: one middle rate serves most floors, and encoding takes
-# 20 us a row at 512 dimensions instead of 34 for the two rates that serve them best.
-_HURRIED_BLOCK = 4
 
 
 class Scanners(Protocol):
     """Makes scanners, and turns them into arrays and back."""
 
-    def build(self, stored: NDArray[np.float16], *, hurried: bool = False) -> Scanner:
-        """A scanner over rows that nobody has scanned yet. `hurried`: one that is soon made rather than the
-        fastest, since rows keep coming in and these will be joined with them before long."""
+    def build(self, stored: NDArray[np.float16]) -> Scanner:
+        """A scanner over rows that nobody has scanned yet."""
         ...
 
     def arrays(self, scanner: Scanner) -> Mapping[str, NDArray[Any]]:
@@ -53,13 +46,7 @@ class Scanners(Protocol):
 
 
 class BySize(FastScanScanners):
-    """Full scans for few rows, coded ones where they pay; in a hurry, codes at one middle rate."""
-
-    def build(self, stored: NDArray[np.float16], *, hurried: bool = False) -> Scanner:
-        rows, dimension = stored.shape
-        if hurried and worth_codes(rows, dimension) and _HURRIED_BLOCK in blocks_for(dimension):
-            return build_fastscan(stored, (_HURRIED_BLOCK,))
-        return super().build(stored)
+    """Full scans for few rows, coded ones where they pay."""
 
     def growing(self, dimension: int) -> Growing | None:
         return None

@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from matcher_service.index.choose import worth_codes
+from matcher_service.index.flat import FlatScanner
 from matcher_service.index.rows import Float16, HashIndex, Names, Narrow, Rows, UInt32, id_hashes, joined
 from matcher_service.index.scanner import Growing, Scanner
 from matcher_service.index.score import norms, widen
@@ -46,6 +47,11 @@ class Part(Protocol):
     def subject_id(self, row: int) -> bytes: ...
 
 
+def lacks_codes(stored: Float16, scanner: Scanner) -> bool:
+    """Whether rows are scanned in full that codes would serve faster."""
+    return worth_codes(*stored.shape) and isinstance(scanner, FlatScanner | WideScanner)
+
+
 @dataclass(frozen=True, slots=True)
 class SealedFile:
     """The file that holds a segment: its name in the directory, identity, size in bytes and SHA-256."""
@@ -60,12 +66,11 @@ class SealedFile:
 class Segment:
     """Fixed rows with a scanner over them. `died_at` int64 [n] holds the sequence that ended each row, LIVE
     where none has, and is None until the first row ends; it is written by the one who applies entries. `dead`
-    counts the rows ended, `died_ms_min` is the log time of the first of these. A `hurried` scanner is not the
-    best for these rows; one that is not `coded` scans in full what codes would serve faster."""
+    counts the rows ended, `died_ms_min` is the log time of the first of these. One whose scanner is not
+    `coded` scans in full what codes would serve faster."""
 
     content: Rows
     scanner: Scanner
-    hurried: bool = False
     coded: bool = True
     died_at: Int64 | None = None
     dead: int = 0
@@ -219,10 +224,9 @@ class Tail:
             live = np.flatnonzero(self.died_at[: self.rows] == LIVE)
             content, wide = joined([(content, live)]), wide[live]
         whole = WideScanner(content.stored, wide, self._row_norm_max)
-        worth = worth_codes(*content.stored.shape)
         if self.growing is None:
-            return Segment(content, whole, hurried=worth, coded=not worth)
-        return Segment(content, self.growing.frozen(content.stored, whole), hurried=worth)
+            return Segment(content, whole, coded=not lacks_codes(content.stored, whole))
+        return Segment(content, self.growing.frozen(content.stored, whole))
 
     def dead_sequences(self) -> Int64:
         """Sequences of the rows that have ended."""

@@ -30,7 +30,7 @@ from matcher_service.index.engine import GalleryState, Snapshot
 from matcher_service.index.manifest import GalleryFiles, Manifest
 from matcher_service.index.rows import Rows
 from matcher_service.index.scanners import Scanners
-from matcher_service.index.segment import LIVE, SealedFile, Segment
+from matcher_service.index.segment import LIVE, SealedFile, Segment, lacks_codes
 from matcher_service.index.segment_file import new_file_id, read_sealed, sealed
 
 _LOADS_AT_ONCE = 2
@@ -50,11 +50,10 @@ class Ended(NamedTuple):
 
 
 class SegmentContents(NamedTuple):
-    """What a segment's file holds; see `Segment` for `hurried`."""
+    """What a segment's file holds."""
 
     rows: Rows
     scanner_arrays: dict[str, NDArray[Any]]
-    hurried: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,11 +156,11 @@ class Snapshots:
 
         def load(place: int) -> Segment:
             file = files.segments[place]
-            content, scanner_arrays, hurried = read_rows(self._disk.directory, gallery_id, file, key)
+            content, scanner_arrays = read_rows(self._disk.directory, gallery_id, file, key)
             if content.dimension != files.dimension:
                 raise DataDamaged(f"{file.name} holds {content.dimension}-d templates, not {files.dimension}-d")
             scanner = self._scanners.load(content.stored, scanner_arrays)
-            segment = Segment(content, scanner, hurried, coded=bool(scanner_arrays) or not hurried)
+            segment = Segment(content, scanner, coded=not lacks_codes(content.stored, scanner))
             one = ends[place]
             if len(one.rows) and not 0 <= int(one.rows.min()) <= int(one.rows.max()) < len(content):
                 raise DataDamaged(f"{files.state.name} ends rows that {file.name} does not have")
@@ -180,7 +179,7 @@ class Snapshots:
         arrays: dict[str, NDArray[Any]] = segment.content.arrays()
         for name, array in self._scanners.arrays(segment.scanner).items():
             arrays[_SCANNER_PREFIX + name] = array
-        facts = {"gallery_id": gallery_id, "hurried": segment.hurried}
+        facts = {"gallery_id": gallery_id}
         segment.file = self._write_sealed(gallery_id, "rows", facts, arrays, key)
         return segment.file
 
@@ -256,7 +255,7 @@ def read_rows(directory: Path, gallery_id: str, file: SealedFile, key: bytes) ->
         for name, array in contents.arrays.items()
         if name.startswith(_SCANNER_PREFIX)
     }
-    return SegmentContents(Rows.from_arrays(contents.arrays), scanner_arrays, bool(contents.facts.get("hurried")))
+    return SegmentContents(Rows.from_arrays(contents.arrays), scanner_arrays)
 
 
 def _ended(segment: Segment, sequence: int) -> Ended:

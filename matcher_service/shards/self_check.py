@@ -22,7 +22,7 @@ def check_engine(tensor: Any) -> None:
     one_thread()
     stored, probes = _known_rows()
     engine = Engine(
-        build=lambda rows, hurried=False: build_fastscan(rows),
+        build=build_fastscan,
         dimension_of=lambda _: _DIMENSION,
         segment_rows_max=_ROWS,
         memory_bytes_max=1 << 30,

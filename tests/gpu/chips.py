@@ -30,7 +30,7 @@ def quick(probes: int) -> kernel.Tile:
 class FlatOnly:
     """CPU scanners without codes."""
 
-    def build(self, stored: NDArray[np.float16], *, hurried: bool = False) -> Scanner:
+    def build(self, stored: NDArray[np.float16]) -> Scanner:
         return FlatScanner(stored)
 
     def arrays(self, scanner: Scanner) -> Mapping[str, NDArray[Any]]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import beta, kstest
 
 from matcher_service.index import certificate
-from matcher_service.index.codes import Codes, CodesBuilder, blocks_for, empty_index, one_list, pack
+from matcher_service.index.codes import Codes, CodesBuilder, blocks_for, empty_index, encode, one_list, pack
 from matcher_service.index.products import Products
 from matcher_service.index.refined import Refined
 from matcher_service.index.rotation import Rotation, codebook, draw_rotation
@@ -40,7 +40,7 @@ def codes_over(rows: np.ndarray, rotation: Float32, block: int) -> tuple[Codes, 
     builder.add(rotated, norms(rows))
     codes = Codes.from_state(rows.shape[1], block, builder.finish(np.empty(0, np.int64)))
     index = codes.indexes[0]
-    decoded = index.pq.decode(index.pq.compute_codes(np.ascontiguousarray(rotated[:, : codes.coded])))
+    decoded = index.pq.decode(encode(np.ascontiguousarray(rotated[:, : codes.coded]), codes.centroids))
     return codes, builder, decoded
 
 
@@ -73,7 +73,7 @@ def test_law_2_over_many_rotations_the_estimate_of_a_mate_follows_the_beta_law(d
     rotated = np.concatenate([row.astype(np.float32) @ rotation.T for rotation in rotations])
     probes = np.concatenate([Rotation(rotation)(probe) for rotation in rotations])
     coded = np.ascontiguousarray(rotated[:, : index.d])
-    decoded = index.pq.decode(index.pq.compute_codes(coded)).astype(np.float64)
+    decoded = index.pq.decode(encode(coded, codebook(dimension, block))).astype(np.float64)
     along = np.einsum("ij,ij->i", decoded, coded) / norms(row)[0]
     across = np.sqrt(np.einsum("ij,ij->i", decoded, decoded) - along**2)
     estimates = np.einsum("ij,ij->i", decoded, probes[:, : index.d]) / norms(probe)[0]
@@ -218,14 +218,14 @@ def test_packed_codes_are_those_that_faiss_would_write(block: int) -> None:
     assert np.array_equal(mine, faiss.rev_swig_ptr(index.invlists.get_codes(0), mine.size))
 
 
-def test_a_code_is_the_nearest_centroid_so_that_it_depends_on_the_rotated_row_alone() -> None:
-    source = np.random.default_rng(6)
-    rows = unit(source, 100, 64)
-    index = empty_index(one_list(64), codebook(64, 4))
-    decoded = index.pq.decode(index.pq.compute_codes(rows)).reshape(-1, 4)
-    blocks = rows.reshape(-1, 4)
-    nearest = ((blocks[:, None] - codebook(64, 4)[None]) ** 2).sum(axis=2).argmin(axis=1)
-    assert np.array_equal(decoded, codebook(64, 4)[nearest])
+@pytest.mark.parametrize(("dimension", "block"), [(64, 1), (64, 2), (64, 4), (65, 5), (128, 8), (515, 5)])
+def test_a_code_is_the_nearest_centroid_so_that_it_depends_on_the_rotated_row_alone(dimension: int, block: int) -> None:
+    rows = unit(np.random.default_rng(6), 300, dimension)
+    centroids = codebook(dimension, block)
+    index = empty_index(one_list(dimension), centroids)
+    decoded = index.pq.decode(encode(rows, centroids)).reshape(-1, block)
+    nearest = ((rows.reshape(-1, 1, block) - centroids[None]) ** 2).sum(axis=2).argmin(axis=1)
+    assert np.array_equal(decoded, centroids[nearest])
 
 
 def test_codebooks_are_the_same_at_every_training() -> None:

@@ -273,12 +273,12 @@ def test_what_ends_while_segments_are_joined_ends_in_the_new_one_too() -> None:
     log = LogWriter()
 
     class Interrupted(BySize):
-        def build(self, stored: np.ndarray, *, hurried: bool = False) -> Scanner:
+        def build(self, stored: np.ndarray) -> Scanner:
             start = len(log.entries)
             log.withdraw("g", "r0")
             log.enrol("g", "r5", np.array([0, 1]), "new")
             engine.apply(log.entries[start:])
-            return super().build(stored, hurried=hurried)
+            return super().build(stored)
 
     engine = engine_of(4, build=Interrupted().build)
     log.create("g", 2)
@@ -405,7 +405,6 @@ sizes = st.lists(
         st.integers(0, 300),
         st.integers(0, 200),
         st.booleans(),
-        st.booleans(),
     ),
     max_size=12,
 )
@@ -431,13 +430,13 @@ def test_while_rows_stream_in_a_row_is_coded_once_and_rarely_again() -> None:
     budget = CompactionBudget(65_536, ANY_TIME)
     coded = plain_most = 0
     for _ in range(122):
-        held.append(SegmentSize(8192, 0, ANY_TIME, True, True))
+        held.append(SegmentSize(8192, 0, ANY_TIME, plain=True))
         plain_most = max(plain_most, sum(one.live for one in held if one.plain))
         while chosen := to_rewrite(held, budget, 0, quiet=False):
             rows = sum(held[i].live for i in chosen)
             coded += rows
             held = [one for i, one in enumerate(held) if i not in chosen]
-            held.append(SegmentSize(rows, 0, ANY_TIME, True))
+            held.append(SegmentSize(rows, 0, ANY_TIME))
     assert plain_most <= PLAIN_ROWS_MAX
     assert coded <= 1.1 * 122 * 8192
     assert len(held) <= 40

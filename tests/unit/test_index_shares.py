@@ -143,10 +143,10 @@ def test_rows_are_ended_while_segments_are_joined(rng: np.random.Generator) -> N
     write(log, rng, 6000)
     engine.apply(log.entries)
 
-    def slow_build(stored: np.ndarray, *, hurried: bool = False) -> object:
+    def slow_build(stored: np.ndarray) -> object:
         reached.set()
         go_on.wait(30)
-        return scanners.build(stored, hurried=hurried)
+        return scanners.build(stored)
 
     engine._build = slow_build  # type: ignore[assignment]
     rewriting = threading.Thread(

@@ -129,13 +129,13 @@ class FaissScanners:
         self._cpu = cpu
         self._made = 0
 
-    def build(self, stored: NDArray[np.float16], *, hurried: bool = False) -> Scanner:
+    def build(self, stored: NDArray[np.float16]) -> Scanner:
         card = self._cards[self._made % len(self._cards)]
         self._made += 1
         try:
             return FaissFlatScanner(stored, card)
         except RuntimeError:  # what FAISS raises for every failure of a device, out of memory too
-            return self._cpu.build(stored, hurried=hurried)
+            return self._cpu.build(stored)
 
     def arrays(self, scanner: Scanner) -> Mapping[str, NDArray[Any]]:
         return self._cpu.arrays(scanner)

@@ -60,10 +60,10 @@ class GpuScanners:
 
     # --- making ------------------------------------------------------------------------------------
 
-    def build(self, stored: NDArray[np.float16], *, hurried: bool = False) -> Scanner:
+    def build(self, stored: NDArray[np.float16]) -> Scanner:
         scanner = self.settle(GpuScanner(stored, self))
         if scanner.place is None:
-            scanner.fallback = self._cpu.build(stored, hurried=hurried)
+            scanner.fallback = self._cpu.build(stored)
         return scanner
 
     def settle(self, scanner: GpuScanner) -> GpuScanner:
