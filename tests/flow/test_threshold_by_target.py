@@ -12,9 +12,11 @@ import httpx
 import numpy as np
 import pytest
 
+from matcher_service import records
 from matcher_service.__main__ import run
 from matcher_service.client import ReceiptOutcome
 from matcher_service.demo.data import load_faces
+from matcher_service.evidence_in_words import in_words
 from matcher_service.models.promise import threshold_for
 from matcher_service.models.score_calibrator import measure_table
 from matcher_service.terms import GenuineTable, RegisterSpace, SpaceId, TemplateSpace
@@ -137,6 +139,17 @@ async def test_the_commands_say_what_is_known_of_a_threshold_and_an_officer_sees
         told = json.loads(await said("galleries", "show", "custody", "--json"))
         assert told["evidence_now"]["calibration_sequence"] > told["evidence"]["calibration_sequence"]
         assert told["evidence_now"]["threshold"] == held.threshold
+
+        # A test of the gallery judges it by what was asked of it, and says what is on record.
+        with np.load(files["first"]) as first:
+            rows = [f"r{row}" for row in range(10)]
+            await service.enrol("custody", held.space, first["templates"][:10], rows, first["subject"][:10].tolist())
+        server = f"127.0.0.1:{running.grpc_port}"
+        asked = ["evaluate", "custody", str(files["second"]), "--requested-by", "PC Ash", "--server", server]
+        judged = json.loads(await said(*asked, "--json"))
+        assert judged["plan"]["fpir_wanted"] == 0.2
+        assert judged["plan"]["on_record"] == in_words(records.evidence_dict(known))
+        assert judged["promised_by_calibration"]["fnir"]["high"] > 0
     async with whole_service(tmp_path / "data") as service:
         assert service.running.service.catalogue.galleries["custody"] == held
 

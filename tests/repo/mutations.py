@@ -35,6 +35,8 @@ EDGES = "tests/flow/test_edge_credentials.py"
 LAWFUL = "tests/flow/test_lawful_references.py"
 RIGHTS = "tests/flow/test_rights.py"
 ALERTS = "tests/flow/test_alerts.py"
+EVIDENCE = "tests/unit/test_evidence.py"
+TARGETS = "tests/flow/test_threshold_by_target.py"
 
 MUTATIONS = (
     Mutation(
@@ -50,6 +52,20 @@ MUTATIONS = (
         "verbs.require(actor, verb, verbs.GRPC_VERBS)",
         "pass",
         f"{MATRIX}::test_every_rpc_as_every_role_on_own_and_foreign_objects",
+    ),
+    Mutation(
+        "thresholds beyond the calibration",
+        "evidence.py",
+        "if threshold > table.scores[-1]:",
+        "if False:",
+        f"{EVIDENCE}::test_what_the_calibration_does_not_bear_out_is_said",
+    ),
+    Mutation(
+        "evidence kept with a threshold",
+        "enrol.py",
+        "write = evidence.settled(write, self._catalogue)",
+        "pass",
+        f"{TARGETS}::test_the_commands_say_what_is_known_of_a_threshold_and_an_officer_sees_it_with_the_approval",
     ),
     Mutation(
         "rights over galleries",
