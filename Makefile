@@ -10,7 +10,7 @@ TORCH ?= torch==2.13.0
 WITH_TORCH := PYTHONPATH=$(GPU_SITE) $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-gpu-interpreted bench-gpu test-cluster cluster-demo bench-cluster test-long test-ops ops-files lint bench bench-search bench-soak wire clean
+.PHONY: help demo test test-gpu test-gpu-interpreted bench-gpu test-cluster cluster-demo bench-cluster test-long test-ops lock sbom ops-files lint bench bench-search bench-soak wire clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -89,8 +89,14 @@ bench-gpu: $(GPU_SITE)/.ready  ## the GPU scanner beside its rivals, and the cei
 test-long: $(VENV)/.dev  ## the long forms: crash loops, state machines
 	@$(BIN)/python -m pytest -m slow
 
-test-ops: $(VENV)/.ops  ## rules, dashboards, manifests, image; needs prometheus and kubectl, skips what is missing
+test-ops: $(VENV)/.ops  ## rules, dashboards, manifests, image; needs prometheus, skips what is missing
 	@$(BIN)/python -m pytest tests/ops
+
+lock: $(VENV)/.dev  ## lock what the images install, each wheel by its hash
+	@$(BIN)/python -m ops.lock
+
+sbom: $(VENV)/.ops  ## what the images hold, as CycloneDX in build/sbom
+	@$(BIN)/python -m ops.sbom build/sbom
 
 ops-files: $(VENV)/.dev  ## regenerate docs/METRICS.md and the PrometheusRule
 	@$(BIN)/python -m ops.generate

@@ -23,6 +23,7 @@ from matcher_service.commands import (
     galleries,
     import_references,
     inspection,
+    migrate,
     recorded,
     references,
     serving,
@@ -49,6 +50,7 @@ app.command()(inspection.inspect)
 app.command()(backups.backup)
 app.command()(backups.restore)
 app.command()(sizing.size)
+app.command()(migrate.migrate)
 app.command()(embed.embed)
 app.command("fit-adapter")(fit_adapter.fit_adapter)
 app.command("triton-repository")(embed.triton_repository)

@@ -25,9 +25,8 @@ def migrate(connection: Connection) -> None:
 
 def check_version(connection: Connection) -> None:
     """Raises StartRefused unless the tables are there and of this program's version."""
-    newest = ScriptDirectory.from_config(_config()).get_current_head()
     found = MigrationContext.configure(connection).get_current_revision()
-    if found == newest:
+    if found == newest_version():
         return
     if found is None:
         raise StartRefused(
@@ -36,10 +35,16 @@ def check_version(connection: Connection) -> None:
     raise _of_another_version(found)
 
 
-def _of_another_version(found: str) -> StartRefused:
+def newest_version() -> str:
+    """That of this program's tables."""
     newest = ScriptDirectory.from_config(_config()).get_current_head()
+    assert newest is not None
+    return newest
+
+
+def _of_another_version(found: str) -> StartRefused:
     return StartRefused(
-        f"the gallery log's tables are of version {found}, and this program's of version {newest}",
+        f"the gallery log's tables are of version {found}, and this program's of version {newest_version()}",
         hint="run the same version everywhere; a gateway of the newer one brings the tables to it",
     )
 

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,12 @@ OVERLAYS = sorted((ROOT / "k8s/overlays").iterdir())
 
 
 def tool(name: str, package: str) -> str:
-    """The path of a command; without it the test is skipped, or fails where CI=true."""
-    found = shutil.which(name)
+    """The path of a command, first choice the one beside this Python: kubectl and hadolint come with the extra `ops`,
+    and a kubectl of the system may be too old to build the manifests. Without it the test is skipped, or fails where
+    CI=true."""
+    found = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if found is None:
-        why = f"{name} is not installed (Debian package {package})"
+        why = f"{name} is not installed ({package})"
         if os.environ.get("CI") == "true":
             pytest.fail(why)
         pytest.skip(why)
