@@ -1,7 +1,8 @@
 """Exit code 0 if this Triton server's gallery shard is up to date with all of its partitions, else 1 and why.
 
 Triton's own readiness says that the model is loaded. A shard that was just started still reads the log; it says so in
-its state, which a request without probes asks for. Standard library only: it runs every few seconds.
+its state, which a request without probes asks for. MATCHER_SHARD_PROBE_HEADER is NAME=WORD where the server's HTTP
+port is restricted (--http-restricted-api=...:NAME=WORD). Standard library only: it runs every few seconds.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def state(port: int, model: str) -> dict[str, Any]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
     try:
         asked = json.dumps({"inputs": inputs, "outputs": [{"name": "STATE"}]})
-        connection.request("POST", f"/v2/models/{model}/infer", asked, {"Content-Type": "application/json"})
+        header, _, word = os.environ.get("MATCHER_SHARD_PROBE_HEADER", "").partition("=")
+        headers = {"Content-Type": "application/json", **({header: word} if header else {})}
+        connection.request("POST", f"/v2/models/{model}/infer", asked, headers)
         answer = connection.getresponse()
         told = answer.read()
         if answer.status != 200:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -21,8 +24,8 @@ from matcher_service.triton_endpoints import credentials_of
 from tests.cluster.hosted_shard import open_log, served_shards
 from tests.cluster.served_postgres import ServedPostgres, served_postgres
 from tests.cluster.served_triton import ServedTriton
-from tests.cluster.server_environment import ServerEnvironment
-from tests.cluster.test_cluster import asked, complete, enrolled, found, missing, named, prepared, someone
+from tests.cluster.server_environment import ROOT, ServerEnvironment
+from tests.cluster.test_cluster import PATIENCE_S, asked, complete, enrolled, found, missing, named, prepared, someone
 from tests.running_service import WholeService, whole_service
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
@@ -135,6 +138,20 @@ async def test_nothing_of_a_shard_is_to_be_had_beside_its_encrypted_port(encrypt
         for path in ("/v2/models/a/infer", "/v2/repository/index", "/v2/repository/models/a/unload"):
             refused = await http.post(path, json={})
             assert refused.status_code == 403, (path, refused.status_code, refused.text)
+
+
+async def test_the_readiness_probe_asks_a_restricted_server_with_the_word_and_not_without(encrypted: Encrypted) -> None:
+    def probe(**more: str) -> subprocess.CompletedProcess[str]:
+        told = {"MATCHER_SHARD_HTTP_PORT": str(encrypted.triton.http_port), "MATCHER_SHARD_MODEL": "a", **more}
+        command = [sys.executable, ROOT / "ops/image/shard_ready.py"]
+        return subprocess.run(command, env={**os.environ, **told}, capture_output=True, text=True, timeout=60)
+
+    refused = await asyncio.to_thread(probe)
+    assert refused.returncode == 1
+    assert "status 403" in refused.stderr
+    async with asyncio.timeout(PATIENCE_S):
+        while (await asyncio.to_thread(probe, MATCHER_SHARD_PROBE_HEADER="nobody=knows")).returncode:  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
 
 
 async def test_the_log_is_read_and_written_encrypted_and_from_the_server_that_is_meant(encrypted: Encrypted) -> None:

@@ -304,6 +304,25 @@ def test_the_log_comes_by_reference_and_must_show_its_certificate() -> None:
         assert f"{log}-ca" in set(secrets(owner))
 
 
+def test_gateways_and_shards_know_each_other_by_certificates_that_come_by_reference() -> None:
+    gateway = one("Deployment", NATIONAL)
+    named = {name: value for name, value in variables(gateway).items() if name.startswith("MATCHER_TRITON__")}
+    fields = {name.removeprefix("MATCHER_TRITON__").lower(): value for name, value in named.items()}
+    assert load(SETTINGS, triton=fields).triton.ca_file is not None
+    mounts = {mount["mountPath"] for mount in container(gateway)["volumeMounts"]}
+    assert {str(Path(value).parent) for value in named.values()} <= mounts
+    for name in SHARDS:
+        held = container(one("StatefulSet", NATIONAL, name))
+        told = dict(one.removeprefix("--").split("=", 1) for one in held["args"])
+        assert told["grpc-use-ssl-mutual"] == "1"
+        files = [told[f"grpc-{one}"] for one in ("root-cert", "server-cert", "server-key")]
+        assert {str(Path(file).parent) for file in files} <= {mount["mountPath"] for mount in held["volumeMounts"]}
+        apis, _, word = told["http-restricted-api"].partition(":")
+        assert {"inference", "model-repository"} <= set(apis.split(","))
+        (reference,) = [one for one in held["env"] if f"$({one['name']})" == word]
+        assert "secretKeyRef" in reference["valueFrom"]
+
+
 def test_the_log_has_connections_for_everybody_at_the_largest_and_loses_nothing_when_it_fails_over() -> None:
     spec, scaled = one("Cluster", NATIONAL)["spec"], one("ScaledObject", NATIONAL)["spec"]
     surge = one("Deployment", NATIONAL)["spec"]["strategy"]["rollingUpdate"]["maxSurge"]
