@@ -38,6 +38,7 @@ from matcher_service.enrol import Writing
 from matcher_service.errors import LogUnavailable, MatcherError, StartRefused
 from matcher_service.forms import Form
 from matcher_service.gallery.alert_records import SqlAlertRecords
+from matcher_service.gallery.case_use import SqlCaseUse
 from matcher_service.gallery.holds import SqlLegalHolds
 from matcher_service.gallery.proofs import SqlAuditProofs
 from matcher_service.gallery.signing import SigningKeys
@@ -197,7 +198,7 @@ async def _serving(
         searchers=batching.batches_in_flight_max,
         traces=traces,
     )
-    conduct = Conduct(settings.access, clock, metrics)
+    conduct = Conduct(settings.access, clock, metrics, SqlCaseUse(log))
     live_scores = LiveScores(settings.watch.score_sample_every, batcher, shard, clock, metrics)
     alert_records = SqlAlertRecords(log)
     tallies = Tallies(alert_records)

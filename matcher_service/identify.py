@@ -124,7 +124,9 @@ class Identify:
 
     async def _answered(self, message: ProbeMessage) -> IdentifyReply:
         plan, judged, now_ms = self._judged(message)
-        self._conduct.admit(message, plan.kinds, plan.custody_first)
+        if message.case_reference:
+            await self._conduct.admit_case(message, plan.kinds, plan.custody_first)
+        self._conduct.admit(message)
         watched = self._live_scores.choose(message)
         with self._admitted(message) as permit:
             await self._replay.reached(message.min_sequence, message.deadline)
@@ -164,7 +166,7 @@ class Identify:
                 with self._traces.station("audit"):
                     decisions = await self._audited(message, plan, decisions, alerts)
             if not missing:
-                self._conduct.completed(message, plan.kinds)
+                await self._conduct.completed(message, plan.kinds)
             if watched is not None and decisions[watched].outcome is Outcome.NO_CANDIDATE:
                 lane = Lane(plan.source, plan.target, plan.gallery_ids)
                 table = self._catalogue.spaces[plan.target].score_table

@@ -191,6 +191,22 @@ class AlertRecords(Protocol):
         ...
 
 
+class CaseUse(Protocol):
+    """What cases and persons have used of what they are allowed, in the log: the same for every gateway, and after a
+    restart. Numbers alone."""
+
+    async def take(self, names: Sequence[str], count: int, per_h: int) -> int:
+        """Count so many probes against each of these names, which are allowed `per_h` in any hour; 0. Or count nothing,
+        and return the milliseconds after which there is room for them again. Raises LogUnavailable."""
+        ...
+
+    async def note_custody(self, case_reference: str) -> None:
+        """A custody gallery was searched under the case, and answered in full."""
+        ...
+
+    async def searched_custody(self, case_reference: str) -> bool: ...
+
+
 class LegalHolds(Protocol):
     async def place(self, hold: LegalHold, actor: Actor) -> LegalHold:
         """Raises Conflict for an id that was used, NotFound (gallery_id). Audited; durable on return."""

@@ -6,6 +6,7 @@ from sqlalchemy import delete, select, tuple_, update
 
 from matcher_service import audit
 from matcher_service.gallery import judgement, lawful
+from matcher_service.gallery.case_use import forget_use
 from matcher_service.gallery.held import is_held, keep_alerts, keep_details, standing
 from matcher_service.gallery.schema import alert, audit_record, enrolment_key, entry, erasure, legal_hold, live
 from matcher_service.gallery.transaction import SERVICE, Held, Note, WriteTransaction
@@ -29,6 +30,7 @@ def erase(transaction: WriteTransaction, now_ms: int, most: int) -> int:
     _erase_alerts(transaction, now_ms, most)
     _erase_details(transaction, now_ms, most)
     _drop_old_keys(transaction, now_ms, most)
+    forget_use(transaction.connection, now_ms)
     transaction.write_notes(SERVICE)
     transaction.flush()
     return erased

@@ -15,7 +15,7 @@ import pytest
 
 from matcher_service import records
 from matcher_service.client import Probes
-from matcher_service.errors import Forbidden, Gone, InvalidInput, MatcherError, NotFound, Overloaded
+from matcher_service.errors import Forbidden, Gone, InvalidInput, MatcherError, NotFound, Overloaded, TooLarge
 from matcher_service.terms import (
     Actor,
     Case,
@@ -183,10 +183,14 @@ async def test_custody_is_searched_first_and_immigration_only_when_asked_and_cou
         assert set(first.thresholds) == {"custody"}
         with pytest.raises(Forbidden, match="after custody"):
             await search(service, "custody", "immigration")
+        assert service.running.service.metrics.case_probes.labels("custody")._value.get() == 1
+    # A restart does not make the case begin anew.
+    async with whole_service(tmp_path) as service:
+        await reached(service, "case-1")
         second = await search(service, "immigration")
         assert {one.gallery_id for one in second.decisions[0].candidates} == {"immigration"}
         counted = service.running.service.metrics.case_probes
-        assert counted.labels("custody")._value.get() == 1
+        assert counted.labels("custody")._value.get() == 0
         assert counted.labels("immigration")._value.get() == 1
         # Another case begins at custody again.
         await service.running.service.change(CreateCase(case(case_reference="case-2")), OFFICER)
@@ -247,6 +251,28 @@ async def test_searching_everyone_is_more_than_a_case_allows(tmp_path: Path) -> 
             with pytest.raises(Overloaded):
                 await ask(person, 10, reference)
         await ask("op", 5)
+        with pytest.raises(TooLarge):
+            await ask("new", 21, "case-2")
+        used = await service.running.service.alert_records.counts("person:person-op")  # type: ignore[union-attr]
+        assert 19_000 < used["used_milli"] <= 20_000
+    # Nor is a restart, or another gateway, which reads the same counters.
+    async with whole_service(tmp_path, access={"case_probes_per_h_max": 20}) as service:
+        await reached(service, "case-2")
+        with pytest.raises(Overloaded):
+            await ask("op", 10, "case-2")
+        with pytest.raises(Overloaded):
+            await ask("other", 10)
+        # What leaked away within the hour is forgotten.
+        await service.running.service.log.erase(now_ms() + 3_600_001)
+        assert await service.running.service.alert_records.counts("person:person-op") == {}  # type: ignore[union-attr]
+
+
+async def reached(service: WholeService, case_reference: str) -> None:
+    """Until the catalogue was read again."""
+    for _ in range(6000):
+        if case_reference in service.running.service.catalogue.cases:
+            return
+        await asyncio.sleep(0.01)
 
 
 async def test_an_authority_that_is_unknown_or_over_is_refused(tmp_path: Path) -> None:

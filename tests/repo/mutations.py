@@ -119,10 +119,17 @@ MUTATIONS = (
     Mutation(
         "custody first",
         "access/conduct.py",
-        "if GalleryKind.CUSTODY in kinds or case_reference not in self._custody_searched:",
+        "if GalleryKind.CUSTODY in kinds or not await self._case_use.searched_custody(case_reference):",
         "if False:",
         "tests/flow/test_authority.py::"
         "test_custody_is_searched_first_and_immigration_only_when_asked_and_counted_apart",
+    ),
+    Mutation(
+        "the limit of a case after a restart",
+        "gallery/case_use.py",
+        "used = {name: _left(_counters(connection, name), at_ms, per_h) for name in names}",
+        "used = dict.fromkeys(names, 0)",
+        "tests/flow/test_authority.py::test_searching_everyone_is_more_than_a_case_allows",
     ),
     Mutation(
         "bands",
