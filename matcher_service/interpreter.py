@@ -27,6 +27,8 @@ SWITCH_INTERVAL_S = 0.0005
 LARGE_BLOCK_BYTES = 4 << 20
 _M_MMAP_THRESHOLD = -3
 
+_C_LIBRARY = ctypes.CDLL(None)
+
 
 def tune() -> None:
     """For this process; to be called when what it was started with stands."""
@@ -36,13 +38,21 @@ def tune() -> None:
     gc.set_threshold(*GARBAGE_LOOKS)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     # glibc has it; a C library without it has no such threshold.
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = getattr(_C_LIBRARY, "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
 
 
 async def sweep() -> None:
-    """Look at all garbage every so often, until cancelled."""
+    """Look at all garbage every so often, until cancelled, and give back what is free.
+
+    An allocator does not clear what it frees, and templates of probes stood in it. The system clears what it is given
+    back: every free page, of which the blocks of a message's templates have one at least.
+    """
+    trim = getattr(_C_LIBRARY, "malloc_trim", None)
     while True:
         await asyncio.sleep(GARBAGE_EVERY_S)
         gc.collect()
+        if trim is not None:
+            # Not in the loop's thread: a heap that has grown takes a while, and calls to C let go of the interpreter.
+            await asyncio.to_thread(trim, 0)
