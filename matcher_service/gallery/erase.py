@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import delete, select, tuple_, update
 
-from matcher_service import audit
+from matcher_service import audit, records
 from matcher_service.gallery import judgement, lawful
 from matcher_service.gallery.case_use import forget_use
 from matcher_service.gallery.held import is_held, keep_alerts, keep_details, standing
@@ -71,13 +71,16 @@ def _erase_templates(transaction: WriteTransaction, most: int) -> int:
 def _erase_alerts(transaction: WriteTransaction, now_ms: int, most: int) -> None:
     connection = transaction.connection
     holds = standing(connection)
-    past = select(alert.c.position, alert.c.alert_id).where(alert.c.erase_at_ms <= now_ms, alert.c.held.is_(None))
+    columns = (alert.c.position, alert.c.alert_id, alert.c.deployment_id)
+    past = select(*columns).where(alert.c.erase_at_ms <= now_ms, alert.c.held.is_(None))
     outlived = connection.execute(past.order_by(alert.c.position).limit(most)).all()
-    kept = keep_alerts(transaction, [position for position, _ in outlived], holds) if holds and outlived else set()
-    for position, alert_id in outlived:
+    kept = keep_alerts(transaction, [row.position for row in outlived], holds) if holds and outlived else set()
+    for position, alert_id, deployment_id in outlived:
         if position not in kept:
             connection.execute(delete(alert).where(alert.c.position == position))
             transaction.chain(SERVICE.name, "alert.erased", alert_id, {})
+            if deployment_id:
+                transaction.count(records.authority_name(deployment_id, ""), "alerts_erased", 1)
 
 
 def _erase_details(transaction: WriteTransaction, now_ms: int, most: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
@@ -163,7 +164,9 @@ def router(service: Service, alerts: AlertRecords, holds: LegalHolds) -> APIRout
         while page := await log.read(entries[-1].sequence if entries else 0, _PAGE, deployment_report.KINDS):
             entries += page
         counts = await alerts.counts(records.authority_name(deployment_id, ""))
-        made = deployment_report.build(deployment, entries, counts, service.clock.wall_ms())
+        made = deployment_report.build(
+            deployment, entries, counts, service.clock.wall_ms(), await _listed(service, deployment_id)
+        )
         return HTMLResponse(deployment_report.page(made)) if query.form == "html" else json_response(made)
 
     @routes.get("/v1/impact-assessment", tags=["operation"])
@@ -190,6 +193,19 @@ async def _alerts(service: Service, actor: Actor, subject_id: str) -> AsyncItera
             if policy.may_see_alert(actor, alert) and any(one.subject_id == subject_id for one in alert.candidates):
                 yield alert
         before = page[-1].alert_id
+
+
+async def _listed(service: Service, deployment_id: str) -> Counter[str]:
+    """How many are on the watchlists of a deployment that still stand, by category."""
+    found: Counter[str] = Counter()
+    for gallery in list(service.catalogue.galleries.values()):
+        if gallery.watchlist is None or gallery.watchlist.deployment_id != deployment_id:
+            continue
+        after = ""
+        while page := await service.log.references(gallery.gallery_id, after, _PAGE):
+            found.update(str(grounds.described(one, gallery).get("category") or "") for one in page)
+            after = page[-1].reference_id
+    return found
 
 
 async def _audited(service: Service) -> AsyncIterator[dict[str, Any]]:

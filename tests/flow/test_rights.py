@@ -179,7 +179,9 @@ async def test_a_report_tells_what_the_public_may_know_and_names_nobody(tmp_path
         await it.watchlist()
         await it.enrol("list", [1, 2], **ENTRY)
         await it.ask("POST", "watchlists/list/approval", {"approved_by": "Supt. Gray", "reason": "checked"})
-        await it.deployment("g", "list")
+        await it.deployment("g", "list", alert_retention_ms=DAY_MS)
+        standing = (await it.ask("GET", "deployments/op/report"))["watchlist"]
+        assert standing == {"entries": 2, "destroyed": 0, "by_category": {"wanted_on_warrant": 2}}
         for row in (0, 1, 5, 6):
             await it.search(row)
         first, second = (one["alert_id"] for one in (await it.ask("GET", "alerts"))["alerts"])
@@ -193,9 +195,11 @@ async def test_a_report_tells_what_the_public_may_know_and_names_nobody(tmp_path
                 break
             await asyncio.sleep(0.1)
         assert told["faces"] == {"searched": 4, "refused": 0, "incomplete": 0}
-        assert told["alerts"] == {"raised": 2, "open": 0, "confirmed": 1, "rejected": 1, "inconclusive": 0}
+        outcomes = {"raised": 2, "open": 0, "confirmed": 1, "rejected": 1, "inconclusive": 0}
+        assert told["alerts"] == {**outcomes, "live_ms": DAY_MS, "erased": 0}
+        assert told["lasted_ms"] == told["deployment"]["ended_at_ms"] - told["deployment"]["opens_at_ms"]
         assert told["false_alerts"] == {"per_alert": 0.5, "per_face_searched": 0.25}
-        assert told["watchlist"] == {"entries": 2, "by_category": {"wanted_on_warrant": 2}}
+        assert told["watchlist"] == {"entries": 2, "destroyed": 2, "by_category": {"wanted_on_warrant": 2}}
         custody, watchlist = told["galleries"]
         assert (custody["gallery_id"], custody["thresholds"][0]["threshold"]) == ("g", 0.9)
         assert watchlist["deleted_at_ms"]
@@ -205,3 +209,8 @@ async def test_a_report_tells_what_the_public_may_know_and_names_nobody(tmp_path
         assert deployment_report.page(told).split("<p>Made")[0] == page.split("<p>Made")[0]
         for text in (page, str(told)):
             assert not any(name in text for name in ("s0", "s1", "r0", "warrant 7", first))
+            assert "identif" not in text
+        assert "1 of 2 (50%)" in page
+        it.clock.ahead_ms = DAY_MS + 60_000
+        await it.erased()
+        assert (await it.ask("GET", "deployments/op/report"))["alerts"]["erased"] == 2
