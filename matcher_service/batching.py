@@ -145,6 +145,8 @@ class Batcher:
                 lane, batch = self._cut()
             if batch:
                 await self._answer(lane, batch)
+            # Not until the next batch comes: nothing of a probe outlives its answer (law 6).
+            del batch
 
     def _cut(self) -> tuple[Lane, list[_Waiting]]:
         """Take the next lane's next batch, one message of each credential in turn, dropping what is too late.

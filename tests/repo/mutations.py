@@ -188,6 +188,14 @@ MUTATIONS = (
         f"{RIGHTS}::test_a_legal_hold_pauses_erasure_and_never_restores_searchability",
     ),
     Mutation(
+        "templates are let go of",
+        "batching.py",
+        "            del batch\n",
+        "",
+        "tests/unit/test_batching.py::"
+        "test_law_6_templates_are_let_go_of_with_the_answer_and_not_when_the_next_batch_comes",
+    ),
+    Mutation(
         "holds over alerts",
         "gallery/held.py",
         "return isinstance(candidates, list | tuple) and any(hold.covers(one) for one in candidates)",

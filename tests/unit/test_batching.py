@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
@@ -259,3 +260,17 @@ async def test_lanes_take_turns() -> None:
         searches.gate.set()
         await asyncio.gather(first, other, *busy)
     assert [1] in searches.batches[1:4]
+
+
+async def test_law_6_templates_are_let_go_of_with_the_answer_and_not_when_the_next_batch_comes() -> None:
+    searched: list[weakref.ref[object]] = []
+
+    async def search(batch: Batch) -> Found:
+        searched.append(weakref.ref(batch.templates))
+        return answer(batch)
+
+    async with batching(search, searchers=2) as submit:
+        # Alone in its batch, a message's templates are searched as they came.
+        await submit(1, 2)
+        await settle()
+        assert [one() for one in searched] == [None] * len(searched)
