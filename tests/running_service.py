@@ -104,7 +104,8 @@ class WholeService:
 
     async def ask(self, space: SpaceId, templates: NDArray[Any], size: int = 32, **more: Any) -> dict[str, ProbeAnswer]:
         """Stream the templates as probes p0, p1, ... of deployment `op`; the answers by probe_id."""
-        more = {"deployment_id": "op"} | more
+        # Longer than a machine under other load needs: what is asked here is not how fast it is.
+        more = {"deployment_id": "op", "deadline_s": 60.0} | more
         if more.get("case_reference"):
             more.pop("deployment_id")
 

@@ -181,7 +181,13 @@ def locust(*more: str) -> subprocess.CompletedProcess[str]:
     return ended(*command, *SMALL, "--duration-s", "1.5", "--users-most", "10", *more)
 
 
-@pytest.mark.parametrize(("objective", "code"), [(("--slo-p99-ms", "60000"), 0), (("--slo-p99-ms", "0.001"), 1)])
+@pytest.mark.parametrize(
+    ("objective", "code"),
+    [
+        (("--shape", "match-day", "--slo-p99-ms", "60000"), 0),
+        (("--shape", "ramp", "--slo-p99-ms", "0.001"), 1),
+    ],
+)
 def test_locust_searches_over_every_path_and_its_exit_code_says_whether_the_objectives_held(
     objective: Sequence[str], code: int, tmp_path: Path
 ) -> None:
