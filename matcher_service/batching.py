@@ -67,6 +67,7 @@ class _Waiting:
     rank_max: int
     deadline: float
     min_sequence: int
+    since: float
     answer: asyncio.Future[Found]
     span: Any
 
@@ -94,6 +95,7 @@ class Batcher:
         self._traces = traces
         self._probes_max = probes_max
         self._searchers = searchers
+        metrics.batches_in_flight_max.set(searchers)
         # Bounded by the permits: nothing enters without one.
         self._lanes: OrderedDict[Lane, OrderedDict[str, deque[_Waiting]]] = OrderedDict()
         self._waiting_rows = 0
@@ -114,8 +116,8 @@ class Batcher:
         if templates.shape[0] > permit.rows:
             raise ServiceFault("more probes than permits", hint="report this")
         answer: asyncio.Future[Found] = asyncio.get_running_loop().create_future()
-        here = self._traces.here()
-        waiting = _Waiting(templates, floors, rank_max, deadline, min_sequence, answer, here)
+        here, now = self._traces.here(), self._clock.monotonic()
+        waiting = _Waiting(templates, floors, rank_max, deadline, min_sequence, now, answer, here)
         async with self._work:
             lanes = self._lanes.setdefault(lane, OrderedDict())
             lanes.setdefault(permit.actor.name, deque()).append(waiting)
@@ -144,7 +146,8 @@ class Batcher:
                     await self._work.wait()
                 lane, batch = self._cut()
             if batch:
-                await self._answer(lane, batch)
+                with self._metrics.batches_in_flight.track_inprogress():
+                    await self._answer(lane, batch)
             # Not until the next batch comes: nothing of a probe outlives its answer (law 6).
             del batch
 
@@ -178,6 +181,7 @@ class Batcher:
             if head.deadline <= now:
                 _fail(head, _too_late())
             elif not head.answer.done():
+                self._metrics.queue_seconds.observe(now - head.since)
                 batch.append(head)
                 rows += head.rows
                 earliest = min(earliest, head.deadline)

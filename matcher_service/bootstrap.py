@@ -242,6 +242,8 @@ async def _serving(
         tokens=tokens,
     )
     metrics.ready.set_function(lambda: float(readiness()[0]))
+    metrics.log_available.set_function(lambda: float(log.available))
+    metrics.log_sequence.set_function(lambda: log.newest)
     tasks = _Tasks()
     tasks.start("replay", replay.run())
     tasks.start("batcher", batcher.run())
@@ -286,8 +288,12 @@ def _publish_setup(settings: Settings, metrics: Metrics) -> None:
         "version": metadata.version("matcher-service"),
         "policy": policy.POLICY_VERSION,
         "python": platform.python_version(),
+        "form": "cluster" if settings.cluster.on else "embedded",
     }
     metrics.build.info(versions)
+    metrics.permits_max.labels("identify").set(settings.admission.probes_in_flight_max)
+    metrics.permits_max.labels("enrol").set(settings.admission.references_in_flight_max)
+    metrics.streams_max.set(settings.limits.streams_max)
     metrics.audit_checkpoint_every_seconds.set(settings.storage.audit_checkpoint_every_s)
     metrics.erase_within_seconds.set(settings.storage.erase_within_h * 3600)
     metrics.data_free_bytes.set_function(lambda: shutil.disk_usage(data_dir).free)

@@ -71,6 +71,8 @@ class CatalogueReplay:
         self._current_at = -FRESHNESS_LEASE_S
         self._unavailable: LogUnavailable | None = None
         self._progress = asyncio.Condition()
+        # Asked for, not set: a replay that stands still is the one that must be seen.
+        metrics.replay_lag_seconds.set_function(self._lag_s)
 
     @property
     def applied(self) -> int:
@@ -104,7 +106,6 @@ class CatalogueReplay:
                 async with self._progress:
                     self._unavailable = error
                     self._progress.notify_all()
-            self._metrics.replay_lag_seconds.set(self._clock.monotonic() - self._current_at)
             await asyncio.sleep(ASK_EVERY_S)
 
     async def renewed(self, deadline: float) -> bool:
@@ -143,7 +144,6 @@ class CatalogueReplay:
             self._current_at = asked_at
             self._unavailable = None
             self._progress.notify_all()
-        self._metrics.log_sequence.set(self._applied)
         self._metrics.applied_sequence.set(self._applied)
 
     async def _apply(self, entries: Sequence[LogEntry]) -> None:
@@ -153,8 +153,11 @@ class CatalogueReplay:
             if before.get(space_id) is not space:
                 await self._models.register(space)
 
+    def _lag_s(self) -> float:
+        return self._clock.monotonic() - self._current_at
+
     def _is_current(self) -> bool:
-        return self._clock.monotonic() - self._current_at <= FRESHNESS_LEASE_S
+        return self._lag_s() <= FRESHNESS_LEASE_S
 
     async def _until(self, done: Callable[[], bool], deadline: float, lacking: str) -> None:
         """Raises LogUnavailable as soon as the log cannot be read, ReplayBehind at `deadline`."""

@@ -12,7 +12,6 @@ from contextlib import nullcontext
 from typing import ParamSpec, TypeVar
 
 import numpy as np
-import structlog
 
 from matcher_service import evidence, grounds, policy, reference_rows, resemblance
 from matcher_service.access.rates import Rates
@@ -25,6 +24,7 @@ from matcher_service.receipts import EnrolReceipts
 from matcher_service.replay import Following
 from matcher_service.seams import Clock, GalleryLog, Models, Shard
 from matcher_service.settings import LimitSettings
+from matcher_service.stations import Station
 from matcher_service.terms import (
     Actor,
     CloseProposal,
@@ -41,7 +41,6 @@ from matcher_service.terms import (
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_log = structlog.get_logger(__name__)
 
 _VALUES_IN_LOOP_MAX = 1 << 18
 
@@ -75,7 +74,7 @@ class Writing:
         self._clock = clock
         self._limits = limits
         self._metrics = metrics
-        self._log_seconds = metrics.station_seconds.labels("gallery_log")
+        self._at_log = Station("gallery_log", metrics, clock)
         self._preparing = asyncio.Semaphore(1)
         self._withdrawn_by = Rates(clock, BULK_WITHIN_S, "the withdrawals of one person in an hour")
 
@@ -113,9 +112,10 @@ class Writing:
                     alike = await resemblance.refusals(self._shard, gallery, subjects, adapted, now_ms)
                     refusals |= {int(rows[at]): refusal for at, refusal in alike.items()}
                     rows, stored = np.delete(rows, list(alike)), np.delete(stored, list(alike), axis=0)
-                began = self._clock.monotonic()
-                receipts = await self._log.enrol(reference_rows.wish(message, rows, stored, standing), message.actor)
-                self._log_seconds.observe(self._clock.monotonic() - began)
+                with self._at_log():
+                    receipts = await self._log.enrol(
+                        reference_rows.wish(message, rows, stored, standing), message.actor
+                    )
         self._metrics.enrolled.inc(receipts.written)
         return reference_rows.in_message(receipts, rows, refusals, len(message.reference_ids))
 
@@ -203,10 +203,8 @@ class Writing:
     async def _append(self, writes: Sequence[Write], actor: Actor) -> list[Receipt | MatcherError]:
         if not writes:
             return []
-        began = self._clock.monotonic()
-        answers = await self._log.append(writes, actor)
-        self._log_seconds.observe(self._clock.monotonic() - began)
-        return answers
+        with self._at_log():
+            return await self._log.append(writes, actor)
 
     async def _obeyed(self, receipt: Receipt, *, catalogue: bool = False) -> Receipt:
         """The receipt, once every search that starts from now on sees it."""

@@ -26,6 +26,7 @@ from matcher_service.live_scores import LiveScores
 from matcher_service.metrics import Metrics
 from matcher_service.replay import Following
 from matcher_service.seams import Clock, GalleryLog, Models, Shard
+from matcher_service.stations import Station
 from matcher_service.tallies import Tallies
 from matcher_service.terms import (
     Alert,
@@ -51,32 +52,27 @@ class Searching:
         self, models: Models, shard: Shard, time: LawfulTime, clock: Clock, metrics: Metrics, traces: Traces
     ) -> None:
         self._models = models
-        self._traces = traces
         self._shard = shard
         self._time = time
-        self._clock = clock
-        self._adapter_seconds = metrics.station_seconds.labels("template_adapter")
-        self._shard_seconds = metrics.station_seconds.labels("shards")
+        self._at_adapter = Station("template_adapter", metrics, clock, traces)
+        self._at_shards = Station("shards", metrics, clock, traces)
+        self._at_calibrator = Station("score_calibrator", metrics, clock, traces)
         self._certified = metrics.certificates.labels("certified")
         self._scanned = metrics.certificates.labels("scanned")
 
     async def __call__(self, batch: Batch) -> Found:
-        began = self._clock.monotonic()
-        with self._traces.station("template_adapter"):
+        with self._at_adapter():
             probes = await self._models.adapt(batch.lane.source, batch.lane.target, batch.templates)
-        adapted = self._clock.monotonic()
-        self._adapter_seconds.observe(adapted - began)
         usable = np.asarray(probes.any(axis=1))
         floors = batch.floors if usable.all() else np.where(usable[:, None], batch.floors, np.float32(np.inf))
         request = SearchRequest(
             batch.lane.gallery_ids, probes, floors, batch.rank_max, self._time.now_ms(), batch.min_sequence
         )
-        with self._traces.station("shards"):
+        with self._at_shards():
             result = await self._shard.search(request)
-        self._shard_seconds.observe(self._clock.monotonic() - adapted)
         self._certified.inc(result.certified)
         self._scanned.inc(result.scanned)
-        with self._traces.station("score_calibrator"):
+        with self._at_calibrator():
             rates = await self._models.false_match_rates(batch.lane.target, result.scores)
         return Found(result, rates, usable)
 
@@ -112,9 +108,9 @@ class Identify:
         self._metrics = metrics
         self._traces = traces
         self._outcomes = {outcome: metrics.decisions.labels(outcome.value) for outcome in Outcome}
-        self._policy_seconds = metrics.station_seconds.labels("policy")
-        self._batching_seconds = metrics.station_seconds.labels("batching_and_search")
-        self._audit_seconds = metrics.station_seconds.labels("audit")
+        self._at_policy, self._at_admission, self._at_batching, self._at_audit = (
+            Station(name, metrics, clock, traces) for name in ("policy", "admission", "batching_and_search", "audit")
+        )
         self._recorded: OrderedDict[str, None] = OrderedDict()
 
     async def __call__(self, message: ProbeMessage) -> IdentifyReply:
@@ -137,8 +133,7 @@ class Identify:
             sequence = self._replay.applied
             searched: list[Decision] = []
             if judged.count:
-                submitted = self._clock.monotonic()
-                with self._traces.station("batching"):
+                with self._at_batching():
                     found = await self._batcher.submit(
                         permit,
                         Lane(plan.source, plan.target, plan.gallery_ids),
@@ -148,7 +143,6 @@ class Identify:
                         message.deadline,
                         message.min_sequence,
                     )
-                self._batching_seconds.observe(self._clock.monotonic() - submitted)
                 sequence = found.result.sequence
                 missing = tuple(sorted({*missing, *found.result.missing}))
                 probe_ids = _usable_ids(message.probe_ids, judged)
@@ -163,8 +157,7 @@ class Identify:
                 message, decisions, thresholds, sequence, policy.POLICY_VERSION, not missing, now_ms
             )
             if alerts or message.case_reference:
-                with self._traces.station("audit"):
-                    decisions = await self._audited(message, plan, decisions, alerts)
+                decisions = await self._audited(message, plan, decisions, alerts)
             if not missing:
                 await self._conduct.completed(message, plan.kinds)
             if watched is not None and decisions[watched].outcome is Outcome.NO_CANDIDATE:
@@ -190,17 +183,15 @@ class Identify:
 
     def _judged(self, message: ProbeMessage) -> tuple[policy.SearchPlan, policy.JudgedRows, int]:
         """What may be searched for, of which probes, and the lawful time by which that was judged."""
-        began = self._clock.monotonic()
         now_ms = self._time.now_ms()
-        with self._traces.station("policy"):
+        with self._at_policy():
             plan = policy.plan(message, self._catalogue, now_ms)
             judged = policy.judge_probes(message, plan, now_ms)
-        self._policy_seconds.observe(self._clock.monotonic() - began)
         return plan, judged, now_ms
 
     def _admitted(self, message: ProbeMessage) -> Permit:
         try:
-            with self._traces.station("admission"):
+            with self._at_admission():
                 return self._admission.admit(message.actor, len(message.probe_ids), message.deadline)
         except MatcherError:
             self._metrics.refusal_seconds.observe(self._clock.monotonic() - message.received_at)
@@ -210,7 +201,6 @@ class Identify:
         self, message: ProbeMessage, plan: policy.SearchPlan, decisions: list[Decision], alerts: Sequence[Alert]
     ) -> list[Decision]:
         """Write what must be in the audit before anything is disclosed; withhold everything if it cannot be."""
-        began = self._clock.monotonic()
         events = []
         climb = self._conduct.disclosed(message.actor, decisions)
         if climb is not None:
@@ -230,11 +220,11 @@ class Identify:
                 )
             )
         try:
-            await self._log.record(events, alerts)
+            with self._at_audit():
+                await self._log.record(events, alerts)
         except AuditUnavailable as error:
             _log.error("audit_unavailable", detail=str(error))
             return [decision.withheld(one, Cause.AUDIT_UNAVAILABLE) for one in decisions]
-        self._audit_seconds.observe(self._clock.monotonic() - began)
         if message.stream_nonce:
             self._remember(alerts)
         self._feed.publish(alerts)

@@ -31,6 +31,13 @@ class Metrics:
             ("transport", "verb", "result"),
             registry=registry,
         )
+        self.request_seconds = Histogram(
+            "matcher_request_seconds",
+            "From receipt of a request, or of a message of a stream, to its answer.",
+            ("transport", "verb"),
+            buckets=LATENCY_BUCKETS_S,
+            registry=registry,
+        )
         self.decisions = Counter(
             "matcher_decisions_total",
             "Probes answered, by outcome.",
@@ -51,11 +58,23 @@ class Metrics:
             "Credentials stopped because their candidates climbed on one subject.",
             registry=registry,
         )
+        self.adjudications = Counter(
+            "matcher_adjudications_total",
+            "What people made of alerts, by verdict.",
+            ("verdict",),
+            registry=registry,
+        )
         self.station_seconds = Histogram(
             "matcher_station_seconds",
             "Time spent in each station of a flow, per message or batch.",
             ("station",),
             buckets=LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self.station_refusals = Counter(
+            "matcher_station_refusals_total",
+            "Messages or batches that ended at a station, by cause.",
+            ("station", "cause"),
             registry=registry,
         )
         self.identify_seconds = Histogram(
@@ -74,8 +93,21 @@ class Metrics:
             "matcher_batch_probes", "Probes of one search.", buckets=BATCH_BUCKETS, registry=registry
         )
         self.queue_probes = Gauge("matcher_queue_probes", "Admitted probes that wait for a batch.", registry=registry)
+        self.queue_seconds = Histogram(
+            "matcher_queue_seconds",
+            "Time that a message waited for its batch.",
+            buckets=LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self.batches_in_flight = Gauge("matcher_batches_in_flight", "Searches under way.", registry=registry)
+        self.batches_in_flight_max = Gauge(
+            "matcher_batches_in_flight_max", "Searches at once (batching.batches_in_flight_max).", registry=registry
+        )
         self.permits_in_use = Gauge(
             "matcher_permits_in_use", "Admission permits held, in probes or references.", ("flow",), registry=registry
+        )
+        self.permits_max = Gauge(
+            "matcher_permits_max", "Admission permits in all, in probes or references.", ("flow",), registry=registry
         )
         self.best_score = Histogram(
             "matcher_best_score",
@@ -101,6 +133,11 @@ class Metrics:
         self.applied_sequence = Gauge(
             "matcher_applied_sequence", "Sequence applied by this process's shards.", registry=registry
         )
+        self.log_available = Gauge(
+            "matcher_log_available",
+            "1 if the gallery log was read and written when that was last tried, else 0.",
+            registry=registry,
+        )
         self.replay_lag_seconds = Gauge(
             "matcher_replay_lag_seconds",
             "Time since the shards last stood at the head of the log; 0 when they do.",
@@ -109,6 +146,11 @@ class Metrics:
         self.enrolled = Counter("matcher_enrolled_total", "References enrolled or replaced.", registry=registry)
         self.withdrawn = Counter("matcher_withdrawn_total", "References withdrawn.", registry=registry)
         self.erased = Counter("matcher_erased_total", "Templates physically erased from the log.", registry=registry)
+        self.erasure_waiting = Gauge(
+            "matcher_erasure_waiting",
+            "Templates that wait in the log for their erasure, at the last look; those under a legal hold included.",
+            registry=registry,
+        )
         self.certificates = Counter(
             "matcher_certificates_total",
             "(probe, segment) pairs by how they were answered: certified by the filter, or scanned in full.",
@@ -131,18 +173,35 @@ class Metrics:
         self.replica_sequence = Gauge(
             "matcher_replica_sequence", "Sequence that a replica told last.", ("replica",), registry=registry
         )
+        self.replica_index_bytes = Gauge(
+            "matcher_replica_index_bytes",
+            "Memory held by the index of a replica, as it told last.",
+            ("replica",),
+            registry=registry,
+        )
         self.partitions_missing = Gauge(
             "matcher_partitions_missing",
             "Partitions, of 256, that no fresh replica holds: answers are incomplete while there are any.",
             registry=registry,
         )
         self.streams_open = Gauge("matcher_streams_open", "Open gRPC streams.", registry=registry)
+        self.streams_max = Gauge("matcher_streams_max", "Streams at once (limits.streams_max).", registry=registry)
         self.gpu_working = Gauge(
             "matcher_gpu_working",
             "1: the GPU searches; 0: it failed, and the CPU searches its references until it is opened anew.",
             ("gpu",),
             registry=registry,
         )
+        self.gpu_bytes = Gauge(
+            "matcher_gpu_bytes", "Memory of the GPU that holds codes of references.", ("gpu",), registry=registry
+        )
+        self.gpu_budget_bytes = Gauge(
+            "matcher_gpu_budget_bytes",
+            "Memory of the GPU for codes; what does not fit is searched by the CPU.",
+            ("gpu",),
+            registry=registry,
+        )
+        self.segments = Gauge("matcher_segments", "Segments that a search has to go through.", registry=registry)
         self.index_bytes = Gauge("matcher_index_bytes", "Memory held by the index.", registry=registry)
         self.index_budget_bytes = Gauge(
             "matcher_index_budget_bytes",
@@ -182,7 +241,9 @@ class Metrics:
             registry=registry,
         )
         self.build = Info(
-            "matcher_build", "Versions of the service, its policy and its interpreter.", registry=registry
+            "matcher_build",
+            "Versions of the service, its policy and its interpreter, and its form (embedded or cluster).",
+            registry=registry,
         )
 
 

@@ -13,6 +13,7 @@ from matcher_service.clock import LawfulTime
 from matcher_service.errors import MatcherError, MemoryRefused, ReplayBehind
 from matcher_service.metrics import Metrics
 from matcher_service.seams import Clock, GalleryLog, Models, ReplayedShard
+from matcher_service.stations import Station
 from matcher_service.terms import EnrolRun, EntryKind, LogEntry
 
 BLOCK_ENTRIES = 4096
@@ -83,6 +84,9 @@ class Replay:
         self._progress = asyncio.Condition()
         self._behind_since: float | None = None
         self._refusal: MatcherError | None = None
+        self._at_replay = Station("replay", metrics, clock)
+        # Asked for, not set: a replay that stands still is the one that must be seen.
+        metrics.replay_lag_seconds.set_function(self._lag_s)
 
     @property
     def applied(self) -> int:
@@ -120,13 +124,13 @@ class Replay:
         """Live, until cancelled. What cannot be applied is tried again; the answers say that it is missing."""
         while True:
             await self._log.wait_beyond(self._applied)
+            self._behind()
             try:
                 await self._step()
             except MemoryRefused as refusal:
                 if self._refusal is None:
                     _log.error("replay_stuck", detail=str(refusal), applied=self._applied)
                 self._refusal = refusal
-                self._behind()
                 await asyncio.sleep(RETRY_S)
 
     async def reached(self, sequence: int, deadline: float) -> None:
@@ -158,12 +162,12 @@ class Replay:
             self._at_head()
             return False
         self._behind()
-        self._metrics.log_sequence.set(entries[-1].sequence)
         # Time first: what the entries' own times already let expire must not be returned by a search that
         # sees them. The catalogue last: a gallery is offered only when the shard holds it.
         run = entries if isinstance(entries, EnrolRun) else None
         self._time.observe(run.at_ms if run else max(entry.at_ms for entry in entries))
-        await self._shard.apply(entries)
+        with self._at_replay():
+            await self._shard.apply(entries)
         if run is None:
             await self._catalogue_applies([entry for entry in entries if entry.sequence > known_catalogue])
         self._refusal = None
@@ -178,13 +182,14 @@ class Replay:
 
     def _at_head(self) -> None:
         self._behind_since = None
-        self._metrics.replay_lag_seconds.set(0)
 
     def _behind(self) -> None:
-        now = self._clock.monotonic()
         if self._behind_since is None:
-            self._behind_since = now
-        self._metrics.replay_lag_seconds.set(now - self._behind_since)
+            self._behind_since = self._clock.monotonic()
+
+    def _lag_s(self) -> float:
+        since = self._behind_since
+        return 0.0 if since is None else self._clock.monotonic() - since
 
     async def _catalogue_applies(self, entries: Sequence[LogEntry]) -> None:
         before = self._catalogue.spaces

@@ -161,6 +161,10 @@ class GalleryLog(Protocol):
         templates were erased; each is in the audit. Called again until it returns 0 when there is much."""
         ...
 
+    async def waiting_for_erasure(self) -> int:
+        """Templates that are to be erased and are still there, those under a legal hold included."""
+        ...
+
     async def close(self) -> None: ...
 
 

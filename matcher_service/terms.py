@@ -770,7 +770,7 @@ class SearchResult:
 @dataclass(frozen=True, slots=True)
 class ShardStatus:
     """`sequence` applied so far; live and dead rows per gallery; bytes held in memory; of each GPU by its name, what is
-    wrong with it, empty if it works."""
+    wrong with it, empty if it works, and of its memory the bytes that hold codes and those that may."""
 
     sequence: int
     live: Mapping[str, int]
@@ -778,6 +778,7 @@ class ShardStatus:
     bytes_in_memory: int
     segments: int
     devices: Mapping[str, str] = field(default_factory=dict)
+    device_bytes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 # --- identify --------------------------------------------------------------------------------------

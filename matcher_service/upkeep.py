@@ -60,8 +60,10 @@ async def erase_when_due(
     while True:
         began = clock.monotonic()
         try:
+            metrics.erasure_waiting.set(await log.waiting_for_erasure())
             while erased := await log.erase(time.now_ms()):
                 metrics.erased.inc(erased)
+            metrics.erasure_waiting.set(await log.waiting_for_erasure())
             metrics.erasure_complete.set(time.now_ms() / 1000)
         except (LogUnavailable, AuditUnavailable) as error:
             _log.error("erasure_delayed", detail=str(error))
@@ -125,5 +127,9 @@ def publish(status: ShardStatus, metrics: Metrics, shown: set[str]) -> set[str]:
         metrics.references_dead.remove(gone)
     for device, wrong in status.devices.items():
         metrics.gpu_working.labels(device).set(not wrong)
+    for device, (used, most) in status.device_bytes.items():
+        metrics.gpu_bytes.labels(device).set(used)
+        metrics.gpu_budget_bytes.labels(device).set(most)
     metrics.index_bytes.set(status.bytes_in_memory)
+    metrics.segments.set(status.segments)
     return set(status.live)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import orjson
-from sqlalchemy import ColumnElement, Connection, Engine, Select, or_, select
+from sqlalchemy import ColumnElement, Connection, Engine, Select, func, or_, select
 from sqlalchemy.exc import DatabaseError, DataError, DBAPIError, IntegrityError, ProgrammingError, SQLAlchemyError
 
 from matcher_service import audit
@@ -38,7 +38,7 @@ from matcher_service.gallery.inbox import AppendJob, EnrolJob, EraseJob, Inbox, 
 from matcher_service.gallery.keys import Keyring
 from matcher_service.gallery.ledger import ErasureLedger, returned
 from matcher_service.gallery.recent import Recent
-from matcher_service.gallery.schema import IS_CATALOGUE, alert, audit_record, entry, live
+from matcher_service.gallery.schema import IS_CATALOGUE, alert, audit_record, entry, erasure, live
 from matcher_service.gallery.sqlite import FILE_NAME, SqliteDatabase
 from matcher_service.gallery.state import CatalogueState
 from matcher_service.gallery.transaction import SERVICE, Terms, WriteTransaction
@@ -181,6 +181,17 @@ class SqlGalleryLog:
         # Who waits for news: beyond which sequence, and on which loop.
         self._waiting: dict[asyncio.Future[None], tuple[int, asyncio.AbstractEventLoop]] = {}
         self._closed = False
+        self._can_read = self._can_write = True
+
+    @property
+    def newest(self) -> int:
+        """Sequence of the newest entry known to be committed, without asking the database."""
+        return self._head
+
+    @property
+    def available(self) -> bool:
+        """Whether reading and writing succeeded when each was last tried."""
+        return self._can_read and self._can_write and self._gone is None
 
     @property
     def keyring(self) -> Keyring:
@@ -311,6 +322,7 @@ class SqlGalleryLog:
             if not present:
                 continue
             failure = self._attempt(present)
+            self._can_write = failure is None or not _is_storage(failure)
             if failure is None:
                 continue
             for job in present:
@@ -515,6 +527,11 @@ class SqlGalleryLog:
 
     # --- reading -----------------------------------------------------------------------------------
 
+    async def waiting_for_erasure(self) -> int:
+        """Templates that are to be erased and are still there, those under a legal hold included."""
+        counted = select(func.count()).select_from(erasure)
+        return await self.query(lambda connection: int(connection.execute(counted).scalar_one()))
+
     async def read(self, after: int, limit: int, kinds: Collection[EntryKind] | None = None) -> Sequence[LogEntry]:
         if kinds is None and (run := self._recent.beyond(after, limit)) is not None:
             return run
@@ -635,7 +652,9 @@ class SqlGalleryLog:
 
         def once() -> T:
             with self._database.reader.begin() as connection:
-                return query(connection)
+                found = query(connection)
+            self._can_read = True
+            return found
 
         def run() -> T:
             try:
@@ -647,6 +666,7 @@ class SqlGalleryLog:
                     # The connection was of before a restart, as all in the pool were, which is now empty.
                     return once()
             except (SQLAlchemyError, OSError) as broken:
+                self._can_read = False
                 raise _unavailable(broken, LogUnavailable, "read") from broken
 
         return await asyncio.get_running_loop().run_in_executor(self._readers, run)

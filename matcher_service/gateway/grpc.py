@@ -221,6 +221,7 @@ class MatcherEdge:
         return await self._unary("withdraw", work, context)
 
     async def _unary(self, verb: str, work: Callable[[Actor], Awaitable[Reply]], context: CallContext) -> Reply | None:
+        began = self._now()
         try:
             reply = await work(await self.authenticate(verb, context))
         except MatcherError as refused:
@@ -228,9 +229,9 @@ class MatcherEdge:
         except Exception as error:
             refusal = refusals.unexpected(error)
         else:
-            self._count(verb, "ok")
+            self._count(verb, "ok", began)
             return reply
-        self._count(verb, refusal.cause)
+        self._count(verb, refusal.cause, began)
         await _end_with(refusal, context)
         return None
 
@@ -295,12 +296,13 @@ class MatcherEdge:
         writing = asyncio.Lock()
 
         async def respond(data: bytes) -> None:
+            began = self._now()
             try:
                 reply, result = await answer(data, stream.actor, context.time_remaining())
                 async with writing:
                     if stream.ending is None:
                         await context.write(reply)
-                self._count(verb, result)
+                self._count(verb, result, began)
             except grpc.aio.BaseError:
                 intake.cancel()  # the caller has gone: nobody reads, so nothing more is taken
             finally:
@@ -425,8 +427,12 @@ class MatcherEdge:
     def _now(self) -> float:
         return self._service.clock.monotonic()
 
-    def _count(self, verb: str, result: str) -> None:
-        self._service.metrics.requests.labels("grpc", verb, result).inc()
+    def _count(self, verb: str, result: str, began: float | None = None) -> None:
+        """`began`: when the request came, where the answer has a duration."""
+        metrics = self._service.metrics
+        metrics.requests.labels("grpc", verb, result).inc()
+        if began is not None:
+            metrics.request_seconds.labels("grpc", verb).observe(self._now() - began)
 
 
 def _presented(context: CallContext) -> Presented:

@@ -25,6 +25,9 @@ from matcher_service.settings import is_loopback
 HEALTH_PATHS = frozenset(("/livez", "/readyz"))
 LOOPBACK_PATHS = frozenset(("/metrics", "/docs", "/openapi.json", "/"))
 
+# What lasts as long as its reader likes.
+ENDLESS_VERBS = frozenset(("stream_alerts",))
+
 # Authenticated requests at once; with the limit of one body this bounds what all bodies hold.
 REQUESTS_IN_FLIGHT_MAX = 128
 
@@ -53,21 +56,23 @@ class Guard:
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1003})
             return
+        began = self._service.clock.monotonic()
         request = _Request(scope, receive, send, self._service.settings.limits.message_bytes_max)
         try:
             await self._pass(request, scope)
         except ClientDisconnect:
             scope["state"]["result"] = "left"
-            self._count(scope)
+            self._count(scope, began)
             return
         except MatcherError as refused:
             refusal = refused
         except Exception as error:
             refusal = refusals.unexpected(error)
         else:
+            self._count(scope, began)
             return
         scope["state"]["result"] = refusal.cause
-        self._count(scope)
+        self._count(scope, began)
         if not request.answering:
             await self._answer(refusal)(scope, receive, request.send)
 
@@ -86,12 +91,14 @@ class Guard:
             await self._app(scope, request.receive, request.send)
         finally:
             self._in_flight -= 1
-        self._count(scope)
 
-    def _count(self, scope: Scope) -> None:
+    def _count(self, scope: Scope, began: float) -> None:
         # The name of the route, never its path: a path may hold an identifier.
         verb = getattr(scope.get("route"), "name", "none")
-        self._service.metrics.requests.labels("http", verb, scope["state"]["result"]).inc()
+        metrics = self._service.metrics
+        metrics.requests.labels("http", verb, scope["state"]["result"]).inc()
+        if verb not in ENDLESS_VERBS:
+            metrics.request_seconds.labels("http", verb).observe(self._service.clock.monotonic() - began)
 
 
 def _presented(scope: Scope) -> Presented:

@@ -91,6 +91,7 @@ def router(service: Service, alerts: AlertRecords) -> APIRouter:
         by = _person(actor, body.by, "by")
         await visible(alert_id, actor)
         found = await alerts.adjudicate(alert_id, body.verdict, by, body.reason, body.evidence_reference, actor)
+        service.metrics.adjudications.labels(body.verdict.value).inc()
         return _told(actor, found, 201)
 
     async def visible(alert_id: str, actor: Actor) -> Alert:

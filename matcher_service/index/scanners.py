@@ -42,6 +42,10 @@ class Scanners(Protocol):
         """Of each device in use, what is wrong with it; empty if it works."""
         ...
 
+    def memory(self) -> Mapping[str, tuple[int, int]]:
+        """Of each device whose memory is counted, the bytes that hold codes, and those that may."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -55,6 +59,9 @@ class BySize(FastScanScanners):
         return False
 
     def condition(self) -> Mapping[str, str]:
+        return {}
+
+    def memory(self) -> Mapping[str, tuple[int, int]]:
         return {}
 
 

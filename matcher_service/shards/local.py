@@ -185,7 +185,7 @@ class LocalShard:
 
     async def status(self) -> ShardStatus:
         held = await self._run(self._applying, self._engine.status)
-        return replace(held, devices=self._scanners.condition())
+        return replace(held, devices=self._scanners.condition(), device_bytes=self._scanners.memory())
 
     async def maintain(self) -> Upkeep:
         """One bounded round: at most one rewrite of up to `segment_rows_max` rows, then the files."""

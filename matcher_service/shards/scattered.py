@@ -249,6 +249,7 @@ class Scattered:
             one.learn(state)
             one.looked = state
             self._metrics.replica_sequence.labels(one.replica.name).set(state.sequence)
+            self._metrics.replica_index_bytes.labels(one.replica.name).set(state.bytes_in_memory)
         self._metrics.replica_fresh.labels(one.replica.name).set(one.fresh)
         fresh = NO_PARTITIONS.union(*(each.partitions for each in self._replicas if each.fresh))
         self._metrics.partitions_missing.set(len(ALL_PARTITIONS - fresh))

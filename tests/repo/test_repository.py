@@ -74,6 +74,7 @@ def test_no_metric_carries_a_label_that_could_name_a_person_or_a_camera() -> Non
         "how",
         "kind",
         "replica",
+        "verdict",
     }
 
 

@@ -24,7 +24,7 @@ from tests.running_service import WholeService, whole_service
 
 DIMENSION = 32
 CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-STATIONS = {"decode", "policy", "admission", "batching", "audit"}
+STATIONS = {"decode", "policy", "admission", "batching_and_search", "audit"}
 OF_A_BATCH = {"template_adapter", "shards", "score_calibrator"}
 
 
@@ -127,7 +127,7 @@ async def test_a_message_is_traced_through_every_station_and_law_6_names_nobody(
     assert {span.name for span in children(spans, alerted)} == STATIONS
     batches = [span for span in spans if span.name == "batch"]
     linked = {link.span_id for batch in batches for link in batch.links}
-    assert {span.span_id for span in spans if span.name == "batching"} == linked
+    assert {span.span_id for span in spans if span.name == "batching_and_search"} == linked
     assert all({span.name for span in children(spans, batch)} == OF_A_BATCH for batch in batches)
     sent = b"".join(collector.received)
     assert b"identify" in sent

@@ -152,6 +152,9 @@ class FaissScanners:
     def condition(self) -> Mapping[str, str]:
         return {}
 
+    def memory(self) -> Mapping[str, tuple[int, int]]:
+        return {}  # FAISS takes what it needs and does not say how much
+
     def close(self) -> None:
         for card in self._cards:
             card.thread.shutdown()

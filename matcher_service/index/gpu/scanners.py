@@ -140,6 +140,11 @@ class GpuScanners:
         """Of each device: empty if it works, else what is wrong with it."""
         return {name: device.lost for name, device in self._devices.items()}
 
+    def memory(self) -> dict[str, tuple[int, int]]:
+        """Of each device that works, the bytes that hold codes, and those that may."""
+        pools = [one.pool for one in list(self._filters.values())]
+        return {pool.device.name: (pool.bytes_used, pool.slabs * pool.slab_bytes) for pool in pools}
+
     def tend(self) -> bool:
         """One bounded round: try a lost device again, erase what nobody holds, give rows without a place one, or
         codes on the CPU. Whether there is more to do at once."""

@@ -78,6 +78,10 @@ class SlabPool:
             )
 
     @property
+    def bytes_used(self) -> int:
+        return (self.slabs - len(self._free)) * self.slab_bytes
+
+    @property
     def slabs_free(self) -> int:
         return len(self._free)
 
