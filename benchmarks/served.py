@@ -102,7 +102,9 @@ def service(
                 if words[1:2] in (["HTTP"], ["gRPC"]):
                     ports.append(int(words[2].rsplit(":", 1)[1]))
                 if "token" in words:
-                    yield Service(process.pid, ports[0], ports[1], Path(words[-1]).read_text().strip())
+                    # As the service sees it, which may have a disk of its own there.
+                    token_file = Path(f"/proc/{process.pid}/root", *Path(words[-1]).absolute().parts[1:])
+                    yield Service(process.pid, ports[0], ports[1], token_file.read_text().strip())
                     break
             else:
                 raise RuntimeError("the service did not start; its reason stands above")

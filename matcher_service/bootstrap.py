@@ -25,7 +25,7 @@ import uvicorn
 import uvloop
 from cryptography import x509
 
-from matcher_service import forms, interpreter, policy, process_lock, upkeep
+from matcher_service import forms, interpreter, logs, policy, process_lock, upkeep
 from matcher_service.access.authentication import Authentication
 from matcher_service.access.conduct import Conduct
 from matcher_service.access.edge_tokens import EdgeTokens, load_or_create_key
@@ -51,10 +51,11 @@ from matcher_service.live_scores import LiveScores
 from matcher_service.metrics import Metrics
 from matcher_service.models.embedder.card import read_card
 from matcher_service.models.embedder.outcome import TemplateMaker
+from matcher_service.readiness import Readiness
 from matcher_service.seams import Clock
 from matcher_service.settings import EmbedderSettings, Settings, TritonSettings, is_loopback
 from matcher_service.tallies import Tallies
-from matcher_service.traces import name_trace, traces_for
+from matcher_service.traces import traces_for
 
 # Time for answers already computed to leave through open streams.
 FAREWELL_S = 1.0
@@ -211,13 +212,7 @@ async def _serving(
 
     tokens = EdgeTokens(load_or_create_key(settings.keys_dir))
 
-    ready = False
-
-    def readiness() -> tuple[bool, str]:
-        if not ready:
-            return False, "starting or stopping"
-        return not replay.unready, replay.unready
-
+    readiness = Readiness(lambda: replay.unready, clock)
     service = Service(
         identify=identify,
         enrol=writing.enrol,
@@ -228,6 +223,7 @@ async def _serving(
         log=log,
         alert_feed=feed,
         ready=readiness,
+        started=lambda: readiness.started,
         settings=settings,
         metrics=metrics,
         clock=clock,
@@ -258,11 +254,11 @@ async def _serving(
     try:
         async with _edges(service, tasks) as (http_port, grpc_port):
             _publish_setup(settings, metrics)
-            ready = True
+            readiness.serve()
             try:
                 yield Running(service, http_port, grpc_port, token, token_file, tasks.failed)
             finally:
-                ready = False
+                readiness.stop()
                 probes.close()
                 references.close()
                 try:
@@ -385,7 +381,7 @@ def _bound(host: str, port: int, field: str, *, shared: bool) -> socket.socket:
 
 def serve(settings: Settings) -> int:
     """Run until SIGTERM or SIGINT; returns the exit code (0: stopped in order, 1: refused or a task died)."""
-    configure_logging(settings.log_level)
+    logs.configure(settings.log_level)
     try:
         return uvloop.run(_serve(settings))
     except StartRefused as refusal:
@@ -418,19 +414,3 @@ async def _serve(settings: Settings) -> int:
         failed = service.failed.is_set()
         print("matcher: stopping" if not failed else "matcher: stopping, a task died", flush=True)  # noqa: T201
     return 1 if failed else 0
-
-
-def configure_logging(level: str) -> None:
-    """JSON lines on standard error."""
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            name_trace,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )

@@ -35,6 +35,11 @@ class FollowingShards(Protocol):
         """Why one cannot take in what is enrolled from now on, if so."""
         ...
 
+    @property
+    def unready(self) -> str:
+        """Why another gateway may do better; "": no reason."""
+        ...
+
     async def applied_by_all(self, sequence: int) -> None:
         """Return once every replica has applied it; never, if one is lost for good."""
         ...
@@ -85,7 +90,9 @@ class CatalogueReplay:
     @property
     def unready(self) -> str:
         # A shard that is full or lost is the same to every gateway, and no reason to ask another one.
-        return "" if self._unavailable is None else f"the gallery log cannot be read: {self._unavailable}"
+        if self._unavailable is not None:
+            return f"the gallery log cannot be read: {self._unavailable}"
+        return self._shards.unready
 
     def missing(self) -> tuple[str, ...]:
         # What is missing of the references the shards say themselves.

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import structlog
 
-from matcher_service import decision, policy
+from matcher_service import decision, logs, policy
 from matcher_service.access.conduct import Conduct
 from matcher_service.admission import Admission, Permit
 from matcher_service.alerts import AlertFeed
@@ -119,6 +119,7 @@ class Identify:
             return await self._answered(message)
 
     async def _answered(self, message: ProbeMessage) -> IdentifyReply:
+        logs.deployment(message.deployment_id)
         plan, judged, now_ms = self._judged(message)
         if message.case_reference:
             await self._conduct.admit_case(message, plan.kinds, plan.custody_first)

@@ -12,11 +12,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
-import structlog
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from matcher_service import interpreter, process_lock
+from matcher_service import interpreter, logs, process_lock
 from matcher_service.clock import SystemClock
 from matcher_service.errors import InvalidInput, NotFound, StartRefused
 from matcher_service.gallery.keys import Keyring
@@ -30,8 +29,6 @@ from matcher_service.shards.hosted import HostedShard, Opening
 # A predecessor that was told to end still writes its files.
 _LOCK_S_MAX = 30.0
 _LOCK_RETRY_S = 0.25
-
-_log = structlog.get_logger(__name__)
 
 
 class _Configured(BaseSettings):
@@ -111,15 +108,7 @@ def open_shard(name: str, parameters: Mapping[str, str], gpu: str = "") -> Hoste
     """
     settings = load_settings(parameters)
     _limit_arithmetic()
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(settings.log_level),
-    )
+    logs.configure(settings.log_level)
     shard = HostedShard(name, _opening(name, settings, index_settings(settings, gpu)))
     interpreter.tune()
     return shard

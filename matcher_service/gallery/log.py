@@ -8,7 +8,6 @@ was found to have been done.
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import orjson
+import structlog
 from sqlalchemy import ColumnElement, Connection, Engine, Select, func, or_, select
 from sqlalchemy.exc import DatabaseError, DataError, DBAPIError, IntegrityError, ProgrammingError, SQLAlchemyError
 
@@ -73,7 +73,7 @@ _RECONNECT_EVERY_S = 0.05
 _OF_REFERENCES = frozenset((EntryKind.ENROL, EntryKind.WITHDRAW))
 
 T = TypeVar("T")
-_log = logging.getLogger(__name__)
+_log = structlog.get_logger(__name__)
 
 
 async def open_sqlite_log(
@@ -417,7 +417,7 @@ class SqlGalleryLog:
         try:
             self._ledger.add(transaction.ended, transaction.sequence, transaction.at_ms)
         except OSError as broken:
-            _log.error("the erasure ledger could not be written: %s", broken)
+            _log.error("erasure_ledger_not_written", detail=str(broken))
 
     def _obey_ledger(self) -> None:
         """In a database that was restored, withdraw again who had been withdrawn since its backup."""
@@ -434,7 +434,7 @@ class SqlGalleryLog:
                 for one in back[start : start + WRITES_PER_APPEND_MAX]
             ]
             self._commit([AppendJob(writes, SERVICE)])
-        _log.warning("the database was restored: %d references were withdrawn again", len(back))
+        _log.warning("restored_database_obeys_ledger", withdrawn_again=len(back))
 
     def _destroy_keys(self, at_ms: int) -> None:
         """Destroy the keys of deleted galleries; those that resist are tried again with the next transaction."""
@@ -442,7 +442,7 @@ class SqlGalleryLog:
             try:
                 self._keyring.destroy(gallery_id, at_ms)
             except OSError as broken:
-                _log.error("the key of deleted gallery %s could not be destroyed: %s", gallery_id, broken)
+                _log.error("key_not_destroyed", gallery=gallery_id, detail=str(broken))
             else:
                 self._doomed.discard(gallery_id)
 
@@ -506,7 +506,7 @@ class SqlGalleryLog:
             hint="a standby that lagged behind took over, or a backup was restored: start gateways and shards anew, "
             "the shards without their data directories",
         )
-        _log.critical("%s", self._gone)
+        _log.critical("log_went_back", detail=str(self._gone))
         self._wake_all()
 
     def _tell(self, head: int, at_ms: int) -> None:

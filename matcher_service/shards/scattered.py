@@ -265,6 +265,11 @@ class Scattered:
                 return MemoryRefused(f"a shard cannot follow the log: {told[0]}", hint="give it memory, or add shards")
         return None
 
+    @property
+    def unready(self) -> str:
+        # Whatever is wrong with one shard is the same to every gateway; with all of them, it may be the way to them.
+        return "" if any(one.up for one in self._replicas) else "no replica of any shard answers"
+
     async def applied_by_all(self, sequence: int) -> None:
         """Return once every replica has told that it applied `sequence`; never, if one of them does not come back."""
         await self._until(lambda: all(one.has_applied(sequence) for one in self._replicas))

@@ -253,6 +253,7 @@ OPEN_ON_LOOPBACK = {
     "metrics": ("S", "/metrics"),
     "live": (EVERYONE, "/livez"),
     "ready": (EVERYONE, "/readyz"),
+    "started": (EVERYONE, "/startupz"),
     "openapi": (EVERYONE, "/openapi.json"),
     "docs": (EVERYONE, "/docs"),
     "root": (EVERYONE, "/"),

@@ -13,7 +13,7 @@ import pytest
 import structlog
 from numpy.typing import NDArray
 
-from matcher_service.bootstrap import configure_logging
+from matcher_service import logs
 from matcher_service.terms import Outcome
 from tests.running_service import whole_service
 
@@ -51,7 +51,7 @@ def unit(rows: NDArray[np.float64]) -> NDArray[np.float32]:
 
 @pytest.fixture
 def everything_logged() -> Iterator[None]:
-    configure_logging("debug")
+    logs.configure("debug")
     yield
     # The next test's standard error is another file.
     structlog.reset_defaults()

@@ -129,7 +129,7 @@ def test_ports_and_probes_are_those_of_the_settings(where: tuple[Path, str]) -> 
     assert ports == {"https": server.http_port, "grpc": server.grpc_port, "metrics": server.metrics_port}
     paths = {name: held[f"{name}Probe"]["httpGet"] for name in ("startup", "readiness", "liveness")}
     assert {name: probe["path"] for name, probe in paths.items()} == {
-        "startup": "/readyz",
+        "startup": "/startupz",
         "readiness": "/readyz",
         "liveness": "/livez",
     }

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,12 @@ def said(*command: str | Path, cwd: Path = ROOT) -> str:
     return done.stdout
 
 
+@cache
 def rules() -> list[dict[str, Any]]:
     return [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
 
 
+@cache
 def series() -> dict[str, set[str]]:
     """Every name that a query may use, with its labels besides those of the scrape."""
     registry = CollectorRegistry()
@@ -63,7 +66,7 @@ def series() -> dict[str, set[str]]:
                 held[metric._name + suffix] = set(metric._labelnames) | more
         elif isinstance(metric, MetricWrapperBase):
             held[sample_name(metric)] = set(metric._labelnames)
-    held["matcher_build_info"] = {"version", "policy", "python"}
+    held["matcher_build_info"] = {"version", "policy", "python", "form"}
     held |= {one.name: set() for family in ProcessCollector(registry=None).collect() for one in family.samples}
     return held | {rule["record"]: set() for rule in rules() if "record" in rule}
 

@@ -42,6 +42,7 @@ class Told:
     """What the shards say, as a test sets it."""
 
     refusal: MemoryRefused | None = None
+    unready: str = ""
     applied: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def applied_by_all(self, sequence: int) -> None:

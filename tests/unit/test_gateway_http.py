@@ -211,7 +211,9 @@ async def test_readiness_says_why_not(flat: FlatService, client: httpx.AsyncClie
     flat.ready = (False, "replaying")
     answer = await client.get("/readyz")
     assert (answer.status_code, answer.json()["reason"]) == (503, "replaying")
+    # Nothing that it depends on is a reason to start it again.
     assert (await client.get("/livez")).status_code == 200
+    assert (await client.get("/startupz")).status_code == 200
 
 
 async def test_beyond_loopback_metrics_and_docs_are_guarded_too(
@@ -229,7 +231,7 @@ async def test_beyond_loopback_metrics_and_docs_are_guarded_too(
     async with client_of(flat, headers={}, server=server) as stranger:
         for path in ("/metrics", "/docs", "/openapi.json", "/", "/v1/galleries"):
             assert (await stranger.get(path)).status_code == 401, path
-        for path in ("/livez", "/readyz"):
+        for path in ("/livez", "/readyz", "/startupz"):
             assert (await stranger.get(path)).status_code == 200, path
 
 
@@ -314,4 +316,5 @@ async def test_paths_hold_what_the_interface_promises(client: httpx.AsyncClient)
         "/metrics",
         "/livez",
         "/readyz",
+        "/startupz",
     }
