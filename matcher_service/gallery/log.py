@@ -708,7 +708,7 @@ def _wake(waiting: Mapping[asyncio.Future[None], asyncio.AbstractEventLoop]) -> 
         try:
             loop.call_soon_threadsafe(_end_wait, news)
         except RuntimeError:
-            _log.debug("a loop that waited for the gallery log has been closed")
+            _log.debug("waiting_loop_closed")
 
 
 def _end_wait(news: asyncio.Future[None]) -> None:
