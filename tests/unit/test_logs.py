@@ -167,8 +167,9 @@ def test_what_helps_to_find_a_fault_stays(text: str, lines: Callable[[], list[di
 # --- what the code itself logs -------------------------------------------------------------------------
 
 NAMES = {
-    "after_s", "applied", "at", "detail", "device", "exc_info", "gallery", "hint", "kind", "logger", "lost",
-    "index_sequence", "log_head", "partitions", "reason", "replica", "rows", "sequence", "shard", "task", "withdrawn_again",
+    "after_s", "applied", "at", "detail", "device", "exc_info", "gallery", "hint", "index_sequence", "log_head",
+    "lost", "partitions", "reason", "replica", "rows", "sequence", "sequence_max", "sequence_min", "shard",
+    "task", "withdrawn_again",
 }  # fmt: skip
 LEVELS = {"debug", "info", "warning", "error", "critical", "exception"}
 OF_A_TEMPLATE = re.compile(r"template|probe|vector|embedding|adapted|score|stored|floors|codes|pixels|image|body|data$")
