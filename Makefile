@@ -10,7 +10,7 @@ TORCH ?= torch==2.13.0
 WITH_TORCH := PYTHONPATH=$(GPU_SITE) $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-gpu-interpreted bench-gpu test-cluster cluster-demo bench-cluster test-long test-ops lock sbom ops-files lint bench bench-search bench-soak wire clean
+.PHONY: help demo test test-gpu test-gpu-interpreted bench-gpu test-cluster cluster-demo bench-cluster test-long test-ops drills lock sbom ops-files lint bench bench-search bench-soak wire clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -89,8 +89,11 @@ bench-gpu: $(GPU_SITE)/.ready  ## the GPU scanner beside its rivals, and the cei
 test-long: $(VENV)/.dev  ## the long forms: crash loops, state machines
 	@$(BIN)/python -m pytest -m slow
 
-test-ops: $(VENV)/.ops  ## rules, dashboards, manifests, image; needs prometheus, skips what is missing
-	@$(BIN)/python -m pytest tests/ops
+test-ops: $(VENV)/.ops $(VENV)/.cluster  ## rules, fault drills, dashboards, manifests, image; needs prometheus, skips what is missing
+	@$(BIN)/python -m pytest -n $(CORES) --dist worksteal tests/ops
+
+drills: $(VENV)/.ops $(VENV)/.cluster  ## the fault drills in real time, as a deployment would see them
+	@MATCHER_DRILL_PACE=1 $(BIN)/python -m pytest -n 4 tests/ops/test_drills.py tests/ops/test_drills_cluster.py
 
 lock: $(VENV)/.dev  ## lock what the images install, each wheel by its hash
 	@$(BIN)/python -m ops.lock

@@ -16,8 +16,14 @@ from tests.running_service import WholeService, whole_service
 LOAD_S = 12
 DIMENSION = 32
 
-# What rightly yields nothing in this drill: it has no TLS and no replicas, and no fault has ever been counted.
-NOTHING = ("matcher_certificate_expiry_timestamp_seconds", "matcher_replica_")
+# What rightly yields nothing here: it has no TLS, no replicas and no GPU, nobody adjudicates, and no station refuses.
+NOTHING = (
+    "matcher_certificate_expiry_timestamp_seconds",
+    "matcher_replica_",
+    "matcher_gpu_",
+    "matcher_adjudications_",
+    "matcher_station_refusals_",
+)
 FAULTS = "matcher:unavailable:"
 # How full the disk is that the drill runs on is nobody's fault.
 NOT_OF_THE_SERVICE = {"MatcherDiskFull", "MatcherDiskNearlyFull"}
