@@ -196,6 +196,9 @@ class WindowedStream(Generic[Question, Answer]):
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        # A cancelled task holds the frames that it was cancelled in, and those hold this stream and the call, whose
+        # connection stays open as long: until the collector looks, unless nothing here refers to the tasks.
+        self._tasks.clear()
         self._answers.put_nowait(ShuttingDown("the client was closed", hint="open another client"))
 
     async def _owned(self, work: Coroutine[Any, Any, None]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import os
 import random
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -309,6 +311,28 @@ async def test_a_stream_that_is_left_leaves_no_tasks(how: str) -> None:
         await client.close()
         left = {task for task in asyncio.all_tasks() - server_tasks - before if task.get_name().startswith("matcher")}
         assert left == set()
+
+
+async def test_a_stream_that_is_left_closes_its_connection_without_waiting_for_the_collector() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        async with fake_server(Script()) as port, client_of(port) as client:
+
+            async def leave() -> None:
+                async with aclosing(client.identify_stream(each([message(1, 2, np.random.default_rng(1))]))) as answers:
+                    await anext(answers)
+
+            await leave()
+            files_before = len(os.listdir("/proc/self/fd"))
+            for _ in range(10):
+                await leave()
+            async with asyncio.timeout(20):
+                # Both ends are in this process.
+                while len(os.listdir("/proc/self/fd")) > files_before + 6:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+    finally:
+        gc.enable()
 
 
 async def test_half_precision_goes_out_as_half_precision() -> None:
