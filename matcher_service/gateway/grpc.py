@@ -327,6 +327,9 @@ class MatcherEdge:
                 responding = answers.create_task(respond(data))
                 stream.answers.add(responding)
                 responding.add_done_callback(stream.answers.discard)
+                # A cancelled task and the frames that it was cancelled in refer to each other. The probes of a caller
+                # who left must not stay in there until the collector looks (law 6).
+                del data, responding
 
         logs.request_begins()
         try:
