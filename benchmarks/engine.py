@@ -27,7 +27,7 @@ from matcher_service.clock import SystemClock
 from matcher_service.records import encode_gallery
 from matcher_service.settings import IndexSettings
 from matcher_service.shards.local import LocalShard
-from matcher_service.terms import EntryKind, Gallery, GalleryKind, LogEntry, SearchRequest, SpaceId
+from matcher_service.terms import DataKey, EntryKind, Gallery, GalleryKind, LogEntry, SearchRequest, SpaceId
 
 _GALLERY = "custody"
 _BLOCK = 10_000
@@ -175,8 +175,8 @@ def _created(dimension: int, now_ms: int) -> LogEntry:
     return LogEntry(1, EntryKind.GALLERY_CREATED, now_ms, _GALLERY, "", "", 0, None, encode_gallery(made))
 
 
-def _key(gallery_id: str) -> bytes:
-    return gallery_id.encode().ljust(32, b".")
+def _key(gallery_id: str, generation: int = 0) -> DataKey:
+    return DataKey(1, gallery_id.encode().ljust(32, b"."))
 
 
 def _resident_bytes() -> int:

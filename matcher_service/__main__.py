@@ -23,6 +23,7 @@ from matcher_service.commands import (
     galleries,
     import_references,
     inspection,
+    keys,
     migrate,
     recorded,
     references,
@@ -58,6 +59,8 @@ app.command()(accountability.report)
 app.command("impact-assessment")(accountability.impact_assessment)
 references.subjects.command("export")(accountability.export_subject)
 app.add_typer(accountability.holds, name="holds")
+app.add_typer(accountability.erasures, name="erasures")
+app.add_typer(keys.keys, name="keys")
 app.add_typer(galleries.galleries, name="galleries")
 app.add_typer(references.references, name="references")
 app.add_typer(references.subjects, name="subjects")

@@ -39,8 +39,10 @@ from matcher_service.errors import LogUnavailable, MatcherError, StartRefused
 from matcher_service.forms import Form
 from matcher_service.gallery.alert_records import SqlAlertRecords
 from matcher_service.gallery.case_use import SqlCaseUse
+from matcher_service.gallery.erasure_receipts import SqlErasureReceipts
 from matcher_service.gallery.holds import SqlLegalHolds
 from matcher_service.gallery.proofs import SqlAuditProofs
+from matcher_service.gallery.resealing import SqlKeyRotations
 from matcher_service.gallery.signing import SigningKeys
 from matcher_service.gateway import credentials
 from matcher_service.gateway.grpc import build_grpc_server
@@ -208,6 +210,7 @@ async def _serving(
     )
     writing = Writing(catalogue, references, models, log, replay, time, clock, settings.limits, metrics, shard)
 
+    receipts, rotations = SqlErasureReceipts(log), SqlKeyRotations(log)
     proofs = SqlAuditProofs(log, SigningKeys(settings.keys_dir / "audit", log.keyring))
 
     tokens = EdgeTokens(load_or_create_key(settings.keys_dir))
@@ -234,6 +237,8 @@ async def _serving(
         proofs=proofs,
         alert_records=alert_records,
         legal_holds=SqlLegalHolds(log),
+        erasures=receipts,
+        rotations=rotations,
         approve=writing.approve,
         tokens=tokens,
     )
@@ -249,6 +254,8 @@ async def _serving(
         tasks.start(name, work())
     every_s = settings.storage.audit_checkpoint_every_s
     tasks.start("checkpoint", upkeep.checkpoint_when_due(proofs, clock, metrics, every_s))
+    tasks.start("keys", upkeep.rotate_keys(rotations, shard, time, clock))
+    tasks.start("receipts", upkeep.complete_receipts(receipts, shard))
     erase_within_s = settings.storage.erase_within_h * 3600
     tasks.start("erase", upkeep.erase_when_due(log, time, clock, metrics, erase_within_s))
     try:

@@ -6,6 +6,7 @@ of several over a log in PostgreSQL, and shards on Triton servers that follow it
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from matcher_service.alerts import AlertFeed, RelayedAlerts
 from matcher_service.catalogue import Catalogue
 from matcher_service.catalogue_replay import CatalogueReplay
 from matcher_service.clock import LawfulTime
+from matcher_service.gallery.keys import Keyring
 from matcher_service.gallery.log import SqlGalleryLog, open_sqlite_log
 from matcher_service.index.memory import budget_bytes
 from matcher_service.metrics import Metrics
@@ -24,6 +26,10 @@ from matcher_service.replay import Following, Replay
 from matcher_service.seams import Clock, Models, Shard
 from matcher_service.settings import Settings
 from matcher_service.shards.local import LocalShard
+
+
+class ToldShard(Shard, upkeep.Erasing, upkeep.Keyed, Protocol):
+    """A shard, or several, that can say what has left it, and what its files are sealed under."""
 
 
 class Followed(Following, Protocol):
@@ -36,7 +42,7 @@ class Form:
     """`follow` makes what brings the log into this process; `beside` are tasks, by name, that run while it serves."""
 
     log: SqlGalleryLog
-    shard: Shard
+    shard: ToldShard
     models: Models
     feed: AlertFeed
     follow: Callable[[Catalogue, LawfulTime], Followed]
@@ -53,10 +59,16 @@ async def opened(settings: Settings, clock: Clock, metrics: Metrics) -> AsyncIte
 @asynccontextmanager
 async def _embedded(settings: Settings, clock: Clock, metrics: Metrics) -> AsyncIterator[Form]:
     data_dir, models = settings.storage.data_dir, LocalModels()
-    log = await open_sqlite_log(data_dir, settings.keys_dir, settings.storage, clock)
+    keyring = await asyncio.to_thread(Keyring.open, settings.keys_dir, settings.keys)
+    log = await open_sqlite_log(data_dir, keyring, settings.storage, clock)
     try:
         shard = await LocalShard.open(
-            data_dir / "index", log.keyring.key, settings.index, clock, log_head=await log.head()
+            data_dir / "index",
+            log.keyring.key,
+            settings.index,
+            clock,
+            erase_within_s=settings.storage.erase_within_h * 3600,
+            log_head=await log.head(),
         )
         metrics.index_budget_bytes.set(budget_bytes(settings.index.memory_bytes_max))
         try:
@@ -86,7 +98,8 @@ async def _cluster(settings: Settings, clock: Clock, metrics: Metrics) -> AsyncI
     cluster = settings.cluster
     async with AsyncExitStack() as closing:
         url = cluster.log_url.get_secret_value()
-        log = await open_postgres_log(url, settings.keys_dir, settings.storage, clock)
+        keyring = await asyncio.to_thread(Keyring.open, settings.keys_dir, settings.keys)
+        log = await open_postgres_log(url, keyring, settings.storage, clock)
         closing.push_async_callback(log.close)
         clients = TritonClients(credentials_of(settings.triton))
         closing.push_async_callback(clients.close)

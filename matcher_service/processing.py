@@ -35,12 +35,14 @@ OPERATIONS: Mapping[str, Operation] = {
     "references.consulted": Operation.CONSULTATION,
     "subject.consulted": Operation.CONSULTATION,
     "alerts.consulted": Operation.CONSULTATION,
+    "erasures.consulted": Operation.CONSULTATION,
     "alert.raised": Operation.DISCLOSURE,
     "subject.exported": Operation.DISCLOSURE,
     # A search compares what several controllers hold with one face.
     "case_search": Operation.COMBINATION,
     "template.erased": Operation.ERASURE,
     "erased_from_index": Operation.ERASURE,
+    "erasure.complete": Operation.ERASURE,
     "gallery.deleted": Operation.ERASURE,
     "alert.erased": Operation.ERASURE,
 }

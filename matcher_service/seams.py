@@ -17,8 +17,11 @@ from matcher_service.terms import (
     Checkpoint,
     EnrolRows,
     EntryKind,
+    ErasureReceipt,
+    ErasureWaiting,
     Float32,
     Float64,
+    GalleryKey,
     LegalHold,
     LogEntry,
     Receipt,
@@ -227,6 +230,54 @@ class LegalHolds(Protocol):
     async def kept(self, subject_id: str) -> tuple[list[Reference], list[Alert]]:
         """What is still stored of a subject and is out of use: references that were withdrawn or have expired, and
         alerts that outlived their time under a hold. For who answers to the person or to a court."""
+        ...
+
+
+class KeyRotations(Protocol):
+    """The keys of galleries, and what wraps them."""
+
+    async def rotate(self, gallery_id: str, reason: str, backups_too: bool, actor: Actor) -> GalleryKey:
+        """Seal under a new generation of a gallery's key from now on; audited. The older ones are destroyed when
+        nothing is sealed under them, backups included unless `backups_too`: those cannot be restored any more. Raises
+        NotFound, Conflict while the last rotation goes on, LogUnavailable if the new key cannot be wrapped."""
+        ...
+
+    async def keys(self) -> list[GalleryKey]:
+        """Of each gallery whose key was ever rotated."""
+        ...
+
+    async def reseal_some(self) -> bool:
+        """One bounded step of sealing anew; False if there is nothing to do."""
+        ...
+
+    async def retire(self, indexes: Mapping[str, Mapping[str, int] | None], now_ms: int) -> Sequence[str]:
+        """Destroy the generations that nothing is sealed under any more; the galleries whose. `indexes`: of each index
+        and gallery the oldest generation that a file is sealed under, None of one that cannot be asked."""
+        ...
+
+    async def rewrap(self, actor: Actor) -> tuple[int, str, int]:
+        """Wrap every key anew; how many, by what, and how many are left as they were. Audited. Raises LogUnavailable or
+        DataDamaged; then every key is still readable, and it may be repeated."""
+        ...
+
+
+class ErasureReceipts(Protocol):
+    async def receipts(self, gallery_id: str, subject_id: str, after: int, limit: int) -> list[ErasureReceipt]:
+        """Those with a receipt_id beyond `after`, in order: of a gallery ("": of all), and if a subject is named, those
+        of erasures that took a template of theirs."""
+        ...
+
+    async def receipt(self, receipt_id: int) -> ErasureReceipt:
+        """Raises NotFound."""
+        ...
+
+    async def waiting(self, gallery_id: str, subject_id: str) -> ErasureWaiting:
+        """What is not searched any more, but not erased yet; "" stands for all."""
+        ...
+
+    async def report(self, indexes: Mapping[str, int]) -> int:
+        """Each index there is, by name, with the sequence through which nothing that had ended is left in its memory
+        and files. Completes, with an audit record each, the receipts that all stores have reported for; how many."""
         ...
 
 

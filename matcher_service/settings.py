@@ -67,6 +67,35 @@ class StorageSettings(Section):
     )
 
 
+class KeySettings(Section):
+    wrapped_by: Literal["file", "service"] = Field(
+        "file", description="What wraps the keys of galleries: the file master.key of keys_dir, or a key service."
+    )
+    service_url: str = Field(
+        "",
+        description="Key service as Vault's transit engine, like https://vault:8200/v1/transit; https past loopback.",
+    )
+    service_key: str = Field(
+        "matcher", pattern=r"^[\w.-]+$", description="Name of the key service's key that wraps those of galleries."
+    )
+    service_token_file: Path | None = Field(None, description="File with the token (X-Vault-Token); read each time.")
+    service_ca_file: Path | None = Field(None, description="PEM of who vouches for it; default: the system's.")
+    service_answers_within_s: float = Field(
+        2.0, gt=0, le=4, description="Longest wait for the key service; every write may wait behind it."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> KeySettings:
+        if not self.service_url:
+            if self.wrapped_by == "service":
+                raise ValueError("keys.service_url is not set: name the key service")
+            return self
+        parts = urlsplit(self.service_url)
+        if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(parts.hostname or "")):
+            raise ValueError("keys.service_url must be https: a key that comes in clear can be anybody's")
+        return self
+
+
 class LimitSettings(Section):
     probes_per_message_max: int = Field(1024, ge=1, le=4096, description="Probes of one message.")
     references_per_message_max: int = Field(4096, ge=1, le=10_000, description="References of one message.")
@@ -195,6 +224,7 @@ class Settings(BaseSettings):
 
     server: ServerSettings = ServerSettings()  # type: ignore[call-arg]
     storage: StorageSettings = StorageSettings()  # type: ignore[call-arg]
+    keys: KeySettings = KeySettings()  # type: ignore[call-arg]
     limits: LimitSettings = LimitSettings()  # type: ignore[call-arg]
     admission: AdmissionSettings = AdmissionSettings()  # type: ignore[call-arg]
     batching: BatchingSettings = BatchingSettings()  # type: ignore[call-arg]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,11 +20,13 @@ from matcher_service.clock import SystemClock
 from matcher_service.errors import InvalidInput, NotFound, StartRefused
 from matcher_service.gallery.keys import Keyring
 from matcher_service.gallery.postgres import open_postgres_log
+from matcher_service.index.snapshots import Key
 from matcher_service.partitions import parse
 from matcher_service.seams import GalleryLog
-from matcher_service.settings import IndexSettings, StorageSettings
+from matcher_service.settings import IndexSettings, KeySettings, StorageSettings
 from matcher_service.shards.following import FollowingShard, OpenLog
 from matcher_service.shards.hosted import HostedShard, Opening
+from matcher_service.terms import DataKey
 
 # A predecessor that was told to end still writes its files.
 _LOCK_S_MAX = 30.0
@@ -54,6 +56,10 @@ class ShardSettings(_Configured):
     partitions: Annotated[str, AfterValidator(_sensible)] = Field(
         "all", description='Partitions to own: ranges such as "0-63, 70", "all", "none", or a bitmap in hexadecimal.'
     )
+    key_service_url: str = Field("", description="Where keys are unwrapped, as keys.service_url of the gateways.")
+    key_service_key: str = Field("matcher", description="As keys.service_key of the gateways.")
+    key_service_token_file: Path | None = Field(None, description="File with the token for the key service.")
+    key_service_ca_file: Path | None = Field(None, description="PEM of who vouches for the key service.")
     threads: int = Field(0, ge=0, description="Threads of a search; 0: all cores.")
     scanner: Literal["cpu", "gpu", "gpu-faiss"] | None = Field(
         None, description="What filters, as index.scanner of a gateway; not given: a GPU if the instance has one."
@@ -68,6 +74,18 @@ class ShardSettings(_Configured):
         if bool(self.log_url.get_secret_value()) == (self.log_url_file is not None):
             raise ValueError("set either log_url or log_url_file")
         return self
+
+    def keys(self) -> KeySettings:
+        """How keys are unwrapped. Raises StartRefused."""
+        try:
+            return KeySettings(
+                service_url=self.key_service_url,
+                service_key=self.key_service_key,
+                service_token_file=self.key_service_token_file,
+                service_ca_file=self.key_service_ca_file,
+            )  # type: ignore[call-arg]
+        except ValidationError as invalid:
+            raise StartRefused(invalid.errors()[0]["msg"], field="key_service_url") from invalid
 
     def address(self) -> str:
         """The log's address; read anew each time, since secrets are rotated. Raises StartRefused."""
@@ -133,7 +151,7 @@ def _opening(name: str, settings: ShardSettings, index: IndexSettings) -> Openin
     @asynccontextmanager
     async def opened() -> AsyncIterator[tuple[FollowingShard, OpenLog]]:
         async with _locked(settings.data_dir):
-            keyring = await asyncio.to_thread(Keyring.open, settings.keys_dir)
+            keyring = await asyncio.to_thread(Keyring.open, settings.keys_dir, settings.keys())
             keyring.require()
             shard = await FollowingShard.open(
                 name,
@@ -179,13 +197,13 @@ async def _locked(data_dir: Path) -> AsyncIterator[None]:
         lock.__exit__(None, None, None)
 
 
-def _key_of(keyring: Keyring) -> Callable[[str], bytes | None]:
+def _key_of(keyring: Keyring) -> Key:
     """A key that was destroyed is none; one that is merely not there must stop the opening, or the rows that it
     sealed would be taken for deleted."""
 
-    def key(gallery_id: str) -> bytes | None:
+    def key(gallery_id: str, generation: int = 0) -> DataKey | None:
         try:
-            return keyring.key(gallery_id)
+            return keyring.key(gallery_id, generation)
         except NotFound as missing:
             if keyring.destroyed(gallery_id):
                 return None

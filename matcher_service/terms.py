@@ -942,6 +942,70 @@ class Checkpoint:
     signature: str
 
 
+class DataKey(NamedTuple):
+    """A generation of a gallery's key, counted from 1, and its 32 bytes."""
+
+    generation: int
+    key: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class GalleryKey:
+    """How far the last rotation of a gallery's key has come. `resealed` templates were sealed anew under `generation`,
+    and `share` of the log has been gone through, until `resealed_at_ms`. `waits_for` are the indexes that may still
+    hold a file under an older generation. Those are destroyed at `retired_at_ms`, and not before `retire_at_ms`."""
+
+    gallery_id: str
+    generation: int
+    rotated_at_ms: int
+    resealed: int
+    share: float
+    resealed_at_ms: int | None
+    waits_for: tuple[str, ...]
+    retire_at_ms: int
+    retired_at_ms: int | None
+
+
+class ErasedKind(StrEnum):
+    TEMPLATES = "templates"
+    ALERTS = "alerts"
+    AUDIT_DETAIL = "audit_detail"
+
+
+class StoreErasure(NamedTuple):
+    """One store and its part in an erasure: since when it holds nothing of what was erased (None: it still may), and
+    how that is known. `until_at_ms` is the time by which a store without a report of its own is destroyed."""
+
+    store: str
+    at_ms: int | None
+    how: str
+    until_at_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ErasureReceipt:
+    """What one erasure took out of which stores, and when. `sequences` are closed ranges of the log's entries whose
+    templates it erased. `complete_at_ms` is None until every store that reports has reported."""
+
+    receipt_id: int
+    kind: ErasedKind
+    gallery_id: str
+    erased: int
+    sequences: tuple[tuple[int, int], ...]
+    erased_at_ms: int
+    stores: tuple[StoreErasure, ...]
+    complete_at_ms: int | None
+
+
+class ErasureWaiting(NamedTuple):
+    """Templates that are not searched any more and wait to be erased, how many of these a legal hold keeps, and by
+    when the others are erased (None: there are none)."""
+
+    templates: int
+    held: int
+    due_at_ms: int | None
+
+
 @dataclass(frozen=True, slots=True)
 class Grounds:
     """What the references of a message rest on. Columns are empty or parallel to the references, and what a column

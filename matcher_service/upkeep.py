@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import structlog
@@ -11,11 +11,13 @@ import structlog
 from matcher_service.clock import LawfulTime
 from matcher_service.errors import AuditUnavailable, DataDamaged, LogUnavailable
 from matcher_service.metrics import Metrics
-from matcher_service.seams import AuditProofs, Clock, GalleryLog, Shard
+from matcher_service.seams import AuditProofs, Clock, ErasureReceipts, GalleryLog, KeyRotations, Shard
 from matcher_service.terms import AuditEvent, ShardStatus
 
 TEND_EVERY_S = 1.0
 ERASE_EVERY_S_MAX = 60.0
+RECEIPTS_EVERY_S = 2.0
+KEYS_EVERY_S = 1.0
 
 _log = structlog.get_logger(__name__)
 
@@ -40,6 +42,23 @@ class Round(Protocol):
     def more(self) -> bool: ...
     @property
     def erased(self) -> Sequence[ErasedRows]: ...
+
+
+class Erasing(Protocol):
+    """Indexes that can say what has left them."""
+
+    async def told_erased(self) -> Mapping[str, int]:
+        """Of each index there is, by name, the sequence through which nothing that had ended is left in its memory and
+        files; -1 where that is not known now."""
+        ...
+
+
+class Keyed(Protocol):
+    """Indexes that can say which keys their files are sealed under."""
+
+    async def told_keys(self) -> Mapping[str, Mapping[str, int] | None]:
+        """As `KeyRotations.retire` takes it."""
+        ...
 
 
 class Tended(Protocol):
@@ -81,6 +100,32 @@ async def checkpoint_when_due(proofs: AuditProofs, clock: Clock, metrics: Metric
         except DataDamaged as error:
             _log.critical("audit_damaged", detail=str(error))
         await asyncio.sleep(every_s)
+
+
+async def complete_receipts(receipts: ErasureReceipts, shard: Erasing) -> None:
+    """Have erasures reported by every index, and their receipts completed, until cancelled."""
+    while True:
+        try:
+            await receipts.report(await shard.told_erased())
+        except LogUnavailable as error:
+            _log.error("receipts_delayed", detail=str(error))
+        await asyncio.sleep(RECEIPTS_EVERY_S)
+
+
+async def rotate_keys(rotations: KeyRotations, shard: Keyed, time: LawfulTime, clock: Clock) -> None:
+    """Seal anew what lies under older generations of keys, and destroy those when they are free, until cancelled."""
+    while True:
+        more = False
+        try:
+            began = clock.monotonic()
+            more = await rotations.reseal_some()
+            took = clock.monotonic() - began
+            if not more:
+                await rotations.retire(await shard.told_keys(), time.now_ms())
+        except (LogUnavailable, DataDamaged) as error:
+            _log.error("key_rotation_delayed", detail=str(error))
+        # Half of the time is everybody else's.
+        await asyncio.sleep(took if more else KEYS_EVERY_S)
 
 
 async def tend(shard: Tended, log: GalleryLog, metrics: Metrics) -> None:

@@ -83,12 +83,18 @@ HTTP_VERBS: Mapping[str, frozenset[Scope]] = {
     "stream_alerts": _only(EDGE, OPERATOR, ADJUDICATOR),
     "describe_alert": _only(OPERATOR, ADJUDICATOR, AUDITOR),
     "adjudicate_alert": _only(ADJUDICATOR),
+    "list_erasures": _only(MANAGER, OFFICER, AUDITOR),
+    "describe_erasure": _only(MANAGER, OFFICER, AUDITOR),
     "list_audit": _only(AUDITOR),
     "list_checkpoints": _only(AUDITOR),
     "make_checkpoint": _only(AUDITOR),
     "prove_inclusion": _only(AUDITOR),
     "prove_consistency": _only(AUDITOR),
     "rotate_key": _only(AUDITOR),
+    # keys
+    "list_keys": _only(MANAGER, AUDITOR, SRE),
+    "rotate_gallery_key": _only(MANAGER),
+    "rewrap_keys": _only(SRE),
     # operation; open on loopback
     "metrics": _only(SRE),
     "live": _EVERYONE,

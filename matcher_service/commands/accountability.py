@@ -10,9 +10,10 @@ import typer
 from matcher_service.commands.asking import Answer, asking, lists
 from matcher_service.commands.http_api import HttpApi, path_of
 from matcher_service.commands.options import Reason
-from matcher_service.commands.output import print_fields
+from matcher_service.commands.output import print_fields, print_rows
 from matcher_service.commands.times import now_ms, time_ms
 
+erasures = typer.Typer(no_args_is_help=True, help="Receipts of what was erased: out of which store, and when.")
 holds = typer.Typer(no_args_is_help=True, help="Legal holds: what must not be erased yet.")
 
 
@@ -97,3 +98,38 @@ def release_hold(
     """End a hold; what is due is erased within the service's stated time."""
     done = api.post(path_of("holds", hold_id, "release"), {"reason": reason, "released_by": released_by})
     return Answer(done, f"Hold {hold_id} is released.")
+
+
+@erasures.command("list")
+@asking
+def list_erasures(
+    api: HttpApi,
+    gallery: Annotated[str, typer.Option(help="Of this gallery only.")] = "",
+    subject: Annotated[str, typer.Option(help="Only erasures of this subject's templates.")] = "",
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="Most to list.")] = 100,
+    after: Annotated[int, typer.Option(min=0, help="Go on behind this receipt.")] = 0,
+) -> Answer:
+    """List the receipts of erasures, and what still waits to be erased."""
+    found = api.get(path_of("erasures"), gallery_id=gallery, subject_id=subject, after=after, limit=limit)
+
+    def show() -> None:
+        columns = ("receipt_id", "kind", "gallery_id", "erased", "erased_at_ms", "complete_at_ms")
+        print_rows(found["receipts"], columns, "Nothing has been erased.")
+        if found["waiting"] is not None:
+            waiting = "{templates} templates wait to be erased, {held} of them under a hold."
+            typer.echo(waiting.format(**found["waiting"]))
+
+    return Answer(found, show)
+
+
+@erasures.command("show")
+@asking
+def show_erasure(api: HttpApi, receipt: Annotated[int, typer.Argument(help="Number of the receipt.")]) -> Answer:
+    """One receipt: what was erased, and since when each store holds nothing of it."""
+    found = api.get(path_of("erasures", str(receipt)))
+
+    def show() -> None:
+        print_fields({name: value for name, value in found.items() if name != "stores"})
+        print_rows(found["stores"], ("store", "at_ms", "until_at_ms", "how"), "")
+
+    return Answer(found, show)

@@ -28,12 +28,13 @@ def inspect(
     from matcher_service.errors import InvalidInput
     from matcher_service.gallery.keys import Keyring
     from matcher_service.index.inspect import inspect as inspected
+    from matcher_service.settings import load
 
     if not data_dir.is_dir():
         raise InvalidInput(f"no directory at {data_dir}", field="data_dir", hint="check the path")
     # Held, because a service at work moves the files that are being verified.
     with process_lock.held(data_dir):
-        report = inspected(data_dir, Keyring.open(keys_dir or data_dir / "keys").key)
+        report = inspected(data_dir, Keyring.open(keys_dir or data_dir / "keys", load().keys).key)
     if as_json:
         print_json(asdict(report) | {"directory": str(report.directory)})
     else:

@@ -121,7 +121,7 @@ def _stored(transaction: WriteTransaction, rows: EnrolRows, plain: Int64, expire
         expires_at_ms=expires_at_ms[plain],
     )
     sealed = seal.seal_templates(
-        transaction.cipher(run.gallery_id), run.gallery_id, run.reference_ids, run.sequence, run.templates
+        transaction.sealing(run.gallery_id), run.gallery_id, run.reference_ids, run.sequence, run.templates
     )
     attributes = [rows.attributes[row] for row in chosen] if rows.attributes else []
     connection = transaction.connection

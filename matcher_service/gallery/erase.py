@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+
 from sqlalchemy import delete, select, tuple_, update
 
 from matcher_service import audit, records
 from matcher_service.gallery import judgement, lawful
 from matcher_service.gallery.case_use import forget_use
+from matcher_service.gallery.erasure_rows import open_receipt
 from matcher_service.gallery.held import is_held, keep_alerts, keep_details, standing
 from matcher_service.gallery.schema import alert, audit_record, enrolment_key, entry, erasure, legal_hold, live
 from matcher_service.gallery.transaction import SERVICE, Held, Note, WriteTransaction
-from matcher_service.terms import DeleteGallery, EndDeployment
+from matcher_service.terms import DeleteGallery, EndDeployment, ErasedKind
 
 _EXPIRED = audit.canonical({"reason": "expired"})
 
@@ -26,6 +29,7 @@ def erase(transaction: WriteTransaction, now_ms: int, most: int) -> int:
     now_ms = max(now_ms, transaction.at_ms)
     _destroy_watchlists(transaction, now_ms)
     _withdraw_expired(transaction, now_ms, most)
+    transaction.write_notes(SERVICE)
     erased = _erase_templates(transaction, most)
     _erase_alerts(transaction, now_ms, most)
     _erase_details(transaction, now_ms, most)
@@ -59,13 +63,18 @@ def _erase_templates(transaction: WriteTransaction, most: int) -> int:
     waiting = select(erasure.c.sequence).where(erasure.c.held.is_(None)).order_by(erasure.c.sequence).limit(most)
     if connection.execute(select(legal_hold.c.hold_id).limit(1)).first() is not None:
         waiting = waiting.join(entry, entry.c.sequence == erasure.c.sequence).where(~is_held())
-    sequences = list(connection.execute(waiting).scalars())
-    if sequences:
-        chosen = select(waiting.subquery().c.sequence)
+    chosen = select(waiting.subquery().c.sequence)
+    places = select(entry.c.gallery_id, entry.c.sequence).where(entry.c.sequence.in_(chosen))
+    erased = connection.execute(places.order_by(entry.c.gallery_id, entry.c.sequence)).all()
+    if erased:
         connection.execute(update(entry).where(entry.c.sequence.in_(chosen)).values(sealed=None, attributes=None))
         connection.execute(delete(erasure).where(erasure.c.sequence.in_(chosen)))
-        transaction.note(Note("template.erased", ""), *sequences)
-    return len(sequences)
+    for gallery_id, rows in itertools.groupby(erased, lambda row: str(row.gallery_id)):
+        sequences = [int(row.sequence) for row in rows]
+        receipt_id, spans = open_receipt(transaction, ErasedKind.TEMPLATES, len(sequences), gallery_id, sequences)
+        facts = {"count": len(sequences), "sequences": spans, "receipt": receipt_id}
+        transaction.chain(SERVICE.name, "template.erased", gallery_id, facts)
+    return len(erased)
 
 
 def _erase_alerts(transaction: WriteTransaction, now_ms: int, most: int) -> None:
@@ -81,6 +90,8 @@ def _erase_alerts(transaction: WriteTransaction, now_ms: int, most: int) -> None
             transaction.chain(SERVICE.name, "alert.erased", alert_id, {})
             if deployment_id:
                 transaction.count(records.authority_name(deployment_id, ""), "alerts_erased", 1)
+    if len(outlived) > len(kept):
+        open_receipt(transaction, ErasedKind.ALERTS, len(outlived) - len(kept))
 
 
 def _erase_details(transaction: WriteTransaction, now_ms: int, most: int) -> None:
@@ -93,7 +104,9 @@ def _erase_details(transaction: WriteTransaction, now_ms: int, most: int) -> Non
     else:
         due = list(connection.execute(told).scalars())
         chosen = audit_record.c.position.in_(set(due) - keep_details(transaction, due, holds))
-    connection.execute(update(audit_record).where(chosen).values(sealed=None, erase_at_ms=None))
+    erased = connection.execute(update(audit_record).where(chosen).values(sealed=None, erase_at_ms=None)).rowcount
+    if erased:
+        open_receipt(transaction, ErasedKind.AUDIT_DETAIL, erased)
 
 
 def _drop_old_keys(transaction: WriteTransaction, now_ms: int, most: int) -> None:

@@ -179,9 +179,8 @@ class _Judge:
     def _repeated(self, write: Enrol, first: FirstUse) -> Receipt:
         same = (first.reference_id, first.subject_id) == (write.reference_id, write.subject_id)
         template = first.template
-        cipher = self._transaction.keyring.cipher(write.gallery_id)
-        if same and first.sealed is not None and cipher is not None:
-            template = seal.unseal_template(cipher, first.sealed, write.gallery_id, first.reference_id, first.sequence)
+        if same and first.sealed is not None:
+            template = self._transaction.unsealed(first.sealed, write.gallery_id, first.reference_id, first.sequence)
         if not same or template not in (None, write.template):
             raise Conflict(
                 f"the key was used for another enrolment, of sequence {first.sequence}",

@@ -9,7 +9,6 @@ from sqlalchemy import func, select
 
 from matcher_service import audit, records
 from matcher_service.errors import Conflict, Gone, InvalidInput, NotFound
-from matcher_service.gallery import seal
 from matcher_service.gallery.names import check_name
 from matcher_service.gallery.persons import same_person
 from matcher_service.gallery.schema import entry, live
@@ -96,8 +95,7 @@ def review_reference(transaction: WriteTransaction, write: ReviewReference, nonc
             hint="one whose review is overdue is gone: enrol it again, if its ground stands",
         )
     _require_review_date(write.review_by_ms, gallery, transaction.at_ms)
-    cipher = transaction.cipher(write.gallery_id)
-    template = seal.unseal_template(cipher, row.sealed, write.gallery_id, write.reference_id, row.sequence)
+    template = transaction.unsealed(row.sealed, write.gallery_id, write.reference_id, row.sequence)
     attributes = {"first_enrolled_at_ms": row.enrolled_at_ms, **json.loads(row.attributes or b"{}")}
     attributes["review_by_ms"] = write.review_by_ms
     # The retention counts from the first enrolment, and a date that was asked for stays: a review lengthens neither.

@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 import orjson
 import structlog
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from sqlalchemy import ColumnElement, Connection, Engine, Select, func, or_, select
 from sqlalchemy.exc import DatabaseError, DataError, DBAPIError, IntegrityError, ProgrammingError, SQLAlchemyError
 
@@ -31,14 +32,14 @@ from matcher_service.errors import (
     StartRefused,
     TooLarge,
 )
-from matcher_service.gallery import enrolments, judgement, seal
+from matcher_service.gallery import enrolments, erasure_rows, judgement, seal
 from matcher_service.gallery.alert_rows import read_alert
 from matcher_service.gallery.erase import erase
 from matcher_service.gallery.inbox import AppendJob, EnrolJob, EraseJob, Inbox, Job, RecordJob, WorkJob
 from matcher_service.gallery.keys import Keyring
 from matcher_service.gallery.ledger import ErasureLedger, returned
 from matcher_service.gallery.recent import Recent
-from matcher_service.gallery.schema import IS_CATALOGUE, alert, audit_record, entry, erasure, live
+from matcher_service.gallery.schema import IS_CATALOGUE, alert, audit_record, data_key, entry, erasure, live
 from matcher_service.gallery.sqlite import FILE_NAME, SqliteDatabase
 from matcher_service.gallery.state import CatalogueState
 from matcher_service.gallery.transaction import SERVICE, Terms, WriteTransaction
@@ -73,6 +74,12 @@ _RECONNECT_EVERY_S = 0.05
 _OF_REFERENCES = frozenset((EntryKind.ENROL, EntryKind.WITHDRAW))
 
 T = TypeVar("T")
+
+
+class _KeyMissing(LogUnavailable):
+    """A key is not there and was not destroyed with its gallery."""
+
+
 _log = structlog.get_logger(__name__)
 
 
@@ -140,6 +147,11 @@ class Database(Protocol):
         """Whether the connection broke, so that another one may work, and can tell what became of a commit."""
         ...
 
+    @property
+    def stores(self) -> Mapping[str, tuple[bool, str]]:
+        """Where what was removed may still be: whether `wipe` sees to that store, and how it is erased there."""
+        ...
+
     def wipe(self) -> bool:
         """See to it that nothing which a committed transaction removed is left where it was; False: try again."""
         ...
@@ -163,6 +175,7 @@ class SqlGalleryLog:
             erase_within_ms=round(settings.erase_within_h * 3_600_000),
             alert_retention_ms=round(settings.alert_retention_d * 86_400_000),
             audit_detail_retention_ms=round(settings.audit_detail_retention_d * 86_400_000),
+            backups_destroyed_within_ms=round(settings.backups_destroyed_within_d * 86_400_000),
         )
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="gallery-log-read")
         self._inbox = Inbox(_JOBS_WAITING_MAX, _WRITES_WAITING_MAX)
@@ -173,7 +186,6 @@ class SqlGalleryLog:
         self._wipe_pending = False
         self._doomed: set[str] = set()
         self._ledger = ErasureLedger(keyring.directory / "erasures")
-        self._ledger_reach_ms = round(settings.backups_destroyed_within_d * 86_400_000)
         self._news = threading.Lock()
         self._head = 0
         self._newest_at_ms = 0
@@ -201,6 +213,11 @@ class SqlGalleryLog:
     def now_ms(self) -> int:
         """The time by which what is held is judged: the wall clock, never before the newest entry known here."""
         return max(self._clock.wall_ms(), self._newest_at_ms)
+
+    @property
+    def stores(self) -> Mapping[str, tuple[bool, str]]:
+        """The stores of the database that an erasure concerns, as `Database.stores` says."""
+        return self._database.stores
 
     def open(self) -> None:
         """Blocking part of `open_sqlite_log`."""
@@ -243,12 +260,22 @@ class SqlGalleryLog:
         if ended:
             writes = [DeleteGallery(one, "its key was destroyed") for one in ended]
             self._commit([AppendJob(writes, SERVICE)])
+        with self._database.reader.begin() as connection:
+            rotated = {row.gallery_id: row for row in connection.execute(select(data_key))}
         for gallery_id in self._state.galleries:
-            if self._keyring.cipher(gallery_id) is None:
+            row = rotated.get(gallery_id)
+            try:
+                cipher = self._keyring.cipher(gallery_id, 1 if row is None else row.generation)
+            except LogUnavailable as away:
+                raise StartRefused(away.detail, hint=away.hint) from away
+            if cipher is None:
                 raise StartRefused(
                     f"the key of gallery {gallery_id} is missing: its references could not be searched",
-                    hint="restore the keys directory",
+                    hint="restore the keys directory; if the database was restored from before a rotation of the key, "
+                    "whose older generations were destroyed since, that backup cannot be read any more",
                 )
+            if row is not None and row.retired_at_ms is not None:
+                self._keyring.forget(gallery_id, row.generation)
 
     # --- writing -----------------------------------------------------------------------------------
 
@@ -285,9 +312,17 @@ class SqlGalleryLog:
 
     async def erase(self, now_ms: int) -> int:
         erased: int = await self._put(EraseJob(now_ms), LogUnavailable)
+        # Also those of a process that ended before it came to wipe.
+        receipt_id = await self.query(erasure_rows.newest_unwiped)
         # Not in the owner's thread: other writes need not wait for it.
-        await asyncio.to_thread(self._wipe, erased > 0)
+        await asyncio.to_thread(self._wipe, erased > 0 or receipt_id > 0)
+        if receipt_id:
+            await self.transact(lambda transaction: erasure_rows.wiped(transaction, receipt_id))
         return erased
+
+    async def wipe(self) -> None:
+        """See to it that no older version of anything is left in the database. Raises LogUnavailable."""
+        await asyncio.to_thread(self._wipe, True)
 
     async def transact(self, work: Callable[[WriteTransaction], T]) -> T:
         """Do a piece of work inside a write transaction, as `inbox.WorkJob` asks of it; durable on return. Raises
@@ -421,7 +456,7 @@ class SqlGalleryLog:
 
     def _obey_ledger(self) -> None:
         """In a database that was restored, withdraw again who had been withdrawn since its backup."""
-        self._ledger.drop_before(self._clock.wall_ms() - self._ledger_reach_ms)
+        self._ledger.drop_before(self._clock.wall_ms() - self._terms.backups_destroyed_within_ms)
         digests, newest = self._ledger.read()
         if newest <= self._head:
             return
@@ -540,32 +575,38 @@ class SqlGalleryLog:
             wanted = wanted.where(entry.c.kind.in_([int(kind) for kind in kinds]))
             if _OF_REFERENCES.isdisjoint(kinds):
                 wanted = wanted.where(IS_CATALOGUE)
-        return await self.query(lambda connection: self._read(connection, wanted))
+        return await self._entries(wanted)
 
     async def read_share(self, partitions: Collection[int], after: int, upto: int, limit: int) -> Sequence[LogEntry]:
         within = _ENTRIES.where(entry.c.sequence > after, entry.c.sequence <= upto)
         concerned = or_(IS_CATALOGUE, self._database.partition().in_(sorted(partitions)))
-        wanted = within.where(concerned).order_by(entry.c.sequence).limit(limit)
-        return await self.query(lambda connection: self._read(connection, wanted))
+        return await self._entries(within.where(concerned).order_by(entry.c.sequence).limit(limit))
+
+    async def _entries(self, wanted: Select[Any]) -> list[LogEntry]:
+        try:
+            return await self.query(lambda connection: self._read(connection, wanted))
+        except _KeyMissing:
+            # The key may have been destroyed since the rows were read, because they are sealed under a newer one now.
+            return await self.query(lambda connection: self._read(connection, wanted))
 
     def _read(self, connection: Connection, wanted: Select[Any]) -> list[LogEntry]:
-        cipher_of = self._keyring.cipher
-        ciphers = {}
+        ciphers: dict[tuple[str, int], AESGCM | None] = {}
         kinds = {int(kind): kind for kind in EntryKind}
         found: list[LogEntry] = []
         for row in connection.execute(wanted):
             sequence, kind, at_ms, gallery_id, reference_id, subject_id, expires_at_ms, sealed, record = row
             template = None
             if sealed is not None:
-                if gallery_id not in ciphers:
-                    ciphers[gallery_id] = cipher_of(gallery_id)
-                    if ciphers[gallery_id] is None and not self._keyring.destroyed(gallery_id):
+                place = (gallery_id, seal.generation_of(sealed) or 1)
+                if place not in ciphers:
+                    ciphers[place] = self._keyring.cipher(*place)
+                    if ciphers[place] is None and not self._keyring.destroyed(gallery_id):
                         # Not to be taken for erased: its people would be lost without a word (law 4).
-                        raise LogUnavailable(
+                        raise _KeyMissing(
                             f"the key of gallery {gallery_id} is missing: its templates cannot be read",
                             hint="check the keys directory, which all processes share",
                         )
-                cipher = ciphers[gallery_id]
+                cipher = ciphers[place]
                 if cipher is not None:
                     template = seal.unseal_template(cipher, sealed, gallery_id, reference_id, sequence)
             found.append(

@@ -14,7 +14,7 @@ import asyncio
 import os
 import selectors
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -138,6 +138,10 @@ class PostgresDatabase:
     shared = True
     # Fewer than could be: everybody else's writes wait for their turn meanwhile.
     writes_per_turn_max = 4096
+    stores: Mapping[str, tuple[bool, str]] = {
+        "database": (True, "vacuumed: no version of it is left in the tables; unused parts of pages hold it sealed"),
+        "write_ahead_log": (False, "recycled by the database server by its own clock; what is in it is sealed"),
+    }
 
     def __init__(self, url: str, readers: int) -> None:
         try:

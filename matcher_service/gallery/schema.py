@@ -50,6 +50,9 @@ entry = Table(
 # Written out, not a parameter: only so can a database see that the index on catalogue entries serves a query.
 IS_CATALOGUE = entry.c.kind >= literal_column("3")
 Index("ix_entry_catalogue", entry.c.sequence, sqlite_where=IS_CATALOGUE, postgresql_where=IS_CATALOGUE)
+IS_ERASED = (entry.c.kind == literal_column("1")) & entry.c.sealed.is_(None)
+"""An enrolment whose template was erased."""
+Index("ix_entry_erased", entry.c.subject_id, sqlite_where=IS_ERASED, postgresql_where=IS_ERASED)
 
 live = Table(
     "live",
@@ -73,6 +76,21 @@ erasure = Table(
     Column("due_at_ms", BigInteger, nullable=False),
     Column("held", LargeBinary, comment="JSON of the legal hold that pauses this erasure; NULL: none"),
     comment="entries whose template waits to be erased; those done are taken out",
+)
+
+data_key = Table(
+    "data_key",
+    metadata,
+    Column("gallery_id", Name, primary_key=True),
+    Column("generation", Integer, nullable=False, comment="what is sealed from now on is sealed under this"),
+    Column("rotated_at_ms", BigInteger, nullable=False),
+    Column("resealed_to", BigInteger, comment="entries up to here are under it; NULL: all of them are"),
+    Column("resealed", BigInteger, nullable=False, comment="how many templates were sealed anew"),
+    Column("resealed_at_ms", BigInteger),
+    Column("retire_at_ms", BigInteger, nullable=False, comment="the generations before are not destroyed earlier"),
+    Column("retired_at_ms", BigInteger, comment="when they were given up"),
+    sqlite_with_rowid=False,
+    comment="galleries whose key was rotated; of the others the first generation seals",
 )
 
 enrolment_key = Table(
@@ -121,6 +139,31 @@ audit_checkpoint = Table(
     Column("size", Sequence, primary_key=True, autoincrement=False, comment="how many audit records it covers"),
     Column("signed", LargeBinary, nullable=False, comment="JSON of the signed checkpoint"),
     Column("peaks", LargeBinary, nullable=False, comment="the Merkle tree's perfect subtrees, to go on from"),
+)
+
+erasure_receipt = Table(
+    "erasure_receipt",
+    metadata,
+    Column("receipt_id", Sequence, primary_key=True, autoincrement=False),
+    Column("kind", Name, nullable=False),
+    Column("gallery_id", Name, nullable=False, comment="empty: of no gallery"),
+    Column("erased", BigInteger, nullable=False, comment="how many templates, alerts or details"),
+    Column(
+        "sequences", LargeBinary, nullable=False, comment="JSON: the entries whose templates went, as closed ranges"
+    ),
+    Column("erased_at_ms", BigInteger, nullable=False),
+    Column("head", BigInteger, nullable=False, comment="the newest entry then: whatever was erased had ended by it"),
+    Column("backups_until_ms", BigInteger, nullable=False, comment="when the last backup with it is destroyed"),
+    Column("wiped_at_ms", BigInteger, comment="when database and write-ahead log held no older version of it"),
+    Column("indexes", LargeBinary, comment="JSON: when which index held none of it any more"),
+    Column("complete_at_ms", BigInteger),
+)
+Index("ix_erasure_receipt_gallery_id_receipt_id", erasure_receipt.c.gallery_id, erasure_receipt.c.receipt_id)
+Index(
+    "ix_erasure_receipt_open",
+    erasure_receipt.c.receipt_id,
+    sqlite_where=erasure_receipt.c.complete_at_ms.is_(None),
+    postgresql_where=erasure_receipt.c.complete_at_ms.is_(None),
 )
 
 tally = Table(

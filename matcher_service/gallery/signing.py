@@ -1,6 +1,6 @@
 """The Ed25519 keys that audit checkpoints are signed with: made at the first start, beside the other keys.
 
-A folder holds for each key, numbered from 1, its private part wrapped under the master key (`1.key`) and its public
+A folder holds for each key, numbered from 1, its private part wrapped (`1.key`) and its public
 part (`1.pub`, hexadecimal), which may be copied anywhere. The newest signs.
 """
 
@@ -61,9 +61,8 @@ class SigningKeys:
     def adopt(self, handover: Handover) -> None:
         """Keep a key and sign with it from now on; durable on return."""
         key = handover.key
-        wrapped = self._keyring.wrap(_name(key.number), key.private.private_bytes_raw())
         write_durably(self._folder / f"{key.number}.pub", key.public.hex().encode() + b"\n")
-        write_durably(self._folder / f"{key.number}.key", wrapped)
+        self._keyring.store(_name(key.number), self._folder / f"{key.number}.key", key.private.private_bytes_raw())
         self.current = key
 
     def _read(self, number: int) -> SigningKey:

@@ -8,7 +8,7 @@ until it is truncated, so erasure ends with `wipe`.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from sqlite3 import Connection as SqliteConnection
 
@@ -39,6 +39,10 @@ class SqliteDatabase:
 
     shared = False
     writes_per_turn_max = 10_000
+    stores: Mapping[str, tuple[bool, str]] = {
+        "database": (True, "overwritten with zeros in its pages"),
+        "write_ahead_log": (True, "copied into the database and cut to nothing"),
+    }
 
     def __init__(self, path: Path, readers: int, busy_timeout_ms: int) -> None:
         self._path = path

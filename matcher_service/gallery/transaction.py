@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from sqlalchemy import (
     BindParameter,
     Connection,
@@ -35,6 +34,7 @@ from matcher_service.gallery.names import storable
 from matcher_service.gallery.schema import (
     alert,
     audit_record,
+    data_key,
     enrolment_key,
     entry,
     erasure,
@@ -64,6 +64,7 @@ class Terms(NamedTuple):
     erase_within_ms: int
     alert_retention_ms: int
     audit_detail_retention_ms: int
+    backups_destroyed_within_ms: int
 
 
 class Held(NamedTuple):
@@ -136,7 +137,7 @@ class WriteTransaction:
         self._alerts_out: list[tuple[object, ...]] = []
         self._counts_out: Counter[tuple[str, str]] = Counter()
         self._notes: dict[Note, list[list[int]]] = {}
-        self._ciphers: dict[str, AESGCM] = {}
+        self._sealings: dict[str, seal.Sealing] = {}
 
     # --- references --------------------------------------------------------------------------------
 
@@ -212,10 +213,10 @@ class WriteTransaction:
         Raises LogUnavailable if the gallery's key is gone.
         """
         gallery_id, reference_id = place = (write.gallery_id, write.reference_id)
-        cipher = self.cipher(gallery_id)
+        under = self.sealing(gallery_id)
         self.sequence = sequence = self.sequence + 1
         names = seal.template_names(gallery_id, reference_id, sequence)
-        sealed = seal.seal(cipher, nonce, write.template, names)
+        sealed = seal.seal(under, nonce, write.template, names)
         attributes = write.attributes or None
         self._entries_out.append(
             (sequence, ENROL, self.at_ms, *place, write.subject_id, expires_at_ms, sealed, None, attributes)
@@ -280,16 +281,33 @@ class WriteTransaction:
             for reference_id in run.reference_ids:
                 self._held.pop((run.gallery_id, reference_id), None)
 
-    def cipher(self, gallery_id: str) -> AESGCM:
-        """The cipher under a gallery's key. Raises LogUnavailable if the key is gone."""
-        cipher = self._ciphers.get(gallery_id) or self.keyring.cipher(gallery_id)
+    def sealing(self, gallery_id: str) -> seal.Sealing:
+        """The key that a gallery's templates are sealed under. Raises LogUnavailable if it is gone."""
+        known = self._sealings.get(gallery_id)
+        if known is not None:
+            return known
+        # Asked in the transaction: of all processes none seals under an older generation once a rotation is committed.
+        found = self.connection.execute(_GENERATION, {"gallery": gallery_id}).scalar()
+        generation = 1 if found is None else int(found)
+        cipher = self.keyring.cipher(gallery_id, generation)
         if cipher is None:
             raise LogUnavailable(
                 f"the key of gallery {gallery_id} is gone: nothing can be sealed",
                 hint="restore the keys directory; if the key was destroyed on purpose, restart to delete the gallery",
             )
-        self._ciphers[gallery_id] = cipher
-        return cipher
+        known = self._sealings[gallery_id] = seal.Sealing(generation, cipher)
+        return known
+
+    def rotated(self, gallery_id: str) -> None:
+        """From here on the gallery seals under what the tables say now."""
+        self._sealings.pop(gallery_id, None)
+
+    def unsealed(self, sealed: bytes, gallery_id: str, reference_id: str, sequence: int) -> bytes:
+        """The template of an entry. Raises LogUnavailable if its key is gone, DataDamaged."""
+        cipher = self.keyring.cipher(gallery_id, seal.generation_of(sealed) or 1)
+        if cipher is None:
+            raise LogUnavailable(f"the key of gallery {gallery_id} is gone", hint="restore the keys directory")
+        return seal.unseal_template(cipher, sealed, gallery_id, reference_id, sequence)
 
     # --- the catalogue -----------------------------------------------------------------------------
 
@@ -428,7 +446,12 @@ class WriteTransaction:
             return True
         sequence, *_, sealed, _, _ = self._newest_entry
         found = connection.execute(select(entry.c.sealed).where(entry.c.sequence == sequence)).first()
-        return found is not None and found.sealed == sealed
+        if found is None:
+            return False
+        if isinstance(sealed, bytes) and found.sealed is not None:
+            # It may have been sealed anew meanwhile, under a newer generation of its key.
+            return found.sealed == sealed or seal.generation_of(found.sealed) > seal.generation_of(sealed)
+        return bool(found.sealed == sealed)
 
     def flush(self) -> None:
         """Store what has been accepted so far."""
@@ -477,6 +500,7 @@ _AUDIT_TAIL = select(audit_record.c.position, audit_record.c.hash).order_by(audi
 _ALERT_TAIL = select(func.max(alert.c.position))
 _KNOWN_ALERTS = select(alert.c.alert_id).where(alert.c.alert_id.in_(bindparam("wanted", expanding=True)))
 _GALLERY: BindParameter[str] = bindparam("gallery")
+_GENERATION = select(data_key.c.generation).where(data_key.c.gallery_id == _GALLERY)
 _WANTED: BindParameter[list[str]] = bindparam("wanted", expanding=True)
 _HELD = select(
     live.c.reference_id, live.c.subject_id, live.c.sequence, live.c.enrolled_at_ms, live.c.expires_at_ms

@@ -21,6 +21,8 @@ from matcher_service.gateway import (
     http_audit,
     http_catalogue,
     http_description,
+    http_erasures,
+    http_keys,
     http_lawful,
     http_operation,
     http_records,
@@ -150,6 +152,10 @@ def build_http_app(service: Service) -> ASGIApp:
         app.include_router(http_lawful.router(service, service.alert_records))
     if service.alert_records is not None and service.legal_holds is not None:
         app.include_router(http_subjects.router(service, service.alert_records, service.legal_holds))
+    if service.erasures is not None:
+        app.include_router(http_erasures.router(service, service.erasures))
+    if service.rotations is not None:
+        app.include_router(http_keys.router(service, service.rotations))
     if service.proofs is not None:
         app.include_router(http_audit.router(service.proofs))
     http_description.add_to(app)

@@ -15,7 +15,15 @@ from matcher_service.catalogue import Catalogue
 from matcher_service.errors import MatcherError
 from matcher_service.metrics import Metrics
 from matcher_service.models.embedder.outcome import TemplateMaker
-from matcher_service.seams import AlertRecords, AuditProofs, Clock, GalleryLog, LegalHolds
+from matcher_service.seams import (
+    AlertRecords,
+    AuditProofs,
+    Clock,
+    ErasureReceipts,
+    GalleryLog,
+    KeyRotations,
+    LegalHolds,
+)
 from matcher_service.settings import Settings
 from matcher_service.terms import Actor, Alert, EnrolMessage, IdentifyReply, ProbeMessage, Receipt, Write
 
@@ -47,8 +55,9 @@ class Service:
     `identify` and `enrol` answer row by row otherwise. `withdraw` takes (gallery_id, reference_ids, reason,
     actor), `withdraw_subject` (gallery_id or "", subject_id, reason, actor). `log` is only read here.
     `ready` says whether requests had better come here and, if not, why; `started` whether the start is over.
-    `templates` is None where no embedder is configured, `proofs` and `alert_records` where the log gives none.
-    `approve` takes (proposal_id, reason, actor); it and `tokens` are None where only the loopback token is let in.
+    `templates` is None where no embedder is configured, `proofs`, `erasures`, `rotations` and `alert_records` where the
+    log gives none. `approve` takes (proposal_id, reason, actor); it and `tokens` are None where only the loopback token
+    is let in.
     """
 
     identify: Callable[[ProbeMessage], Awaitable[IdentifyReply]]
@@ -68,6 +77,8 @@ class Service:
     proofs: AuditProofs | None = None
     alert_records: AlertRecords | None = None
     legal_holds: LegalHolds | None = None
+    erasures: ErasureReceipts | None = None
+    rotations: KeyRotations | None = None
     approve: Callable[[str, str, Actor], Awaitable[Receipt]] | None = None
     tokens: EdgeTokens | None = None
     started: Callable[[], bool] = lambda: True

@@ -88,6 +88,7 @@ class Snapshot(NamedTuple):
     sequence: int
     galleries: Mapping[str, tuple[int, tuple[Segment, ...]]]
     erased: tuple[Erased, ...]
+    erased_through: int
 
 
 class Engine:
@@ -542,7 +543,20 @@ class Engine:
             galleries = {
                 gallery_id: (state.dimension, tuple(state.segments)) for gallery_id, state in self._states.items()
             }
-            return Snapshot(self._view.sequence, galleries, erased)
+            return Snapshot(self._view.sequence, galleries, erased, self._erased_through())
+
+    def erased_through(self) -> int:
+        """The sequence through which no row that had ended is held. Of the files as well, if nothing was applied since
+        they were read or written."""
+        with self._writing:
+            return self._erased_through()
+
+    def _erased_through(self) -> int:
+        if any(state.rebuilding for state in self._states.values()):
+            return 0
+        parts = [part for state in self._states.values() for part in (*state.segments, state.tail) if part]
+        ends = [int(part.died_at[: part.rows].min()) - 1 for part in parts if part.dead and part.died_at is not None]
+        return min((self._view.sequence, *ends))
 
     def snapshot_failed(self, snapshot: Snapshot) -> None:
         """The files could not be written: what was to be reported as erased is still in them."""

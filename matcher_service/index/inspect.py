@@ -10,7 +10,7 @@ from matcher_service.errors import DataDamaged
 from matcher_service.index import manifest as manifests
 from matcher_service.index.manifest import GalleryFiles
 from matcher_service.index.segment import SealedFile
-from matcher_service.index.snapshots import Ended, Key, gallery_key, read_rows, read_state
+from matcher_service.index.snapshots import Ended, Key, newest_key, read_rows, read_state
 
 _READ_BYTES = 4 << 20
 
@@ -96,21 +96,20 @@ def inspect(data_dir: Path, key: Key) -> IndexReport:
 
 
 def _gallery(directory: Path, gallery_id: str, files: GalleryFiles, key: Key, problems: list[str]) -> GalleryReport:
-    secret = gallery_key(key, gallery_id)
     segments: list[SegmentReport] = []
-    if secret is None:
+    if newest_key(key, gallery_id) is None:
         problems.append(f"the key of gallery {gallery_id} is gone: its files cannot be read")
     else:
         for file in (files.state, *files.segments):
             problems += _checksum_problems(directory, file)
         ends: list[Ended | None] = [None] * len(files.segments)
         try:
-            ends = list(read_state(directory, gallery_id, files, secret))
+            ends = list(read_state(directory, gallery_id, files, key))
         except DataDamaged as damage:
             problems.append(damage.detail)
         for file, ended in zip(files.segments, ends, strict=True):
             try:
-                segments.append(_segment(directory, gallery_id, file, ended, secret))
+                segments.append(_segment(directory, gallery_id, file, ended, key))
             except DataDamaged as damage:
                 problems.append(damage.detail)
     dead = sum(segment.dead for segment in segments)
@@ -124,7 +123,7 @@ def _gallery(directory: Path, gallery_id: str, files: GalleryFiles, key: Key, pr
     )
 
 
-def _segment(directory: Path, gallery_id: str, file: SealedFile, ended: Ended | None, key: bytes) -> SegmentReport:
+def _segment(directory: Path, gallery_id: str, file: SealedFile, ended: Ended | None, key: Key) -> SegmentReport:
     rows, scanner_arrays = read_rows(directory, gallery_id, file, key)
     return SegmentReport(
         file.name,

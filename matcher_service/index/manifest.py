@@ -2,7 +2,7 @@
 
 One line of JSON and one line with its SHA-256, so that a torn or altered manifest is told from a good one. What
 it says of a gallery is said again, sealed under the gallery's key, in that gallery's state file; the two must
-agree.
+agree. A file names the generation of its gallery's key ("key"), unless that is the first.
 """
 
 from __future__ import annotations
@@ -87,8 +87,11 @@ def decode(content: bytes) -> Manifest:
 
 
 def _file_data(file: SealedFile) -> dict[str, Any]:
-    return {"name": file.name, "file_id": file.file_id, "size": file.size, "sha256": file.sha256}
+    told = {"name": file.name, "file_id": file.file_id, "size": file.size, "sha256": file.sha256}
+    return told if file.generation == 1 else {**told, "key": file.generation}
 
 
 def _read_file(data: Mapping[str, Any]) -> SealedFile:
-    return SealedFile(str(data["name"]), str(data["file_id"]), int(data["size"]), str(data["sha256"]))
+    return SealedFile(
+        str(data["name"]), str(data["file_id"]), int(data["size"]), str(data["sha256"]), int(data.get("key", 1))
+    )

@@ -54,12 +54,14 @@ def lacks_codes(stored: Float16, scanner: Scanner) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class SealedFile:
-    """The file that holds a segment: its name in the directory, identity, size in bytes and SHA-256."""
+    """The file that holds a segment: its name in the directory, identity, size in bytes, SHA-256, and the generation of
+    its gallery's key that it is sealed under."""
 
     name: str
     file_id: str
     size: int
     sha256: str
+    generation: int = 1
 
 
 @dataclass(eq=False, slots=True)

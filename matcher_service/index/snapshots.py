@@ -13,11 +13,11 @@ manifest on disk names files that are complete.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import structlog
@@ -32,11 +32,20 @@ from matcher_service.index.rows import Rows
 from matcher_service.index.scanners import Scanners
 from matcher_service.index.segment import LIVE, SealedFile, Segment, lacks_codes
 from matcher_service.index.segment_file import new_file_id, read_sealed, sealed
+from matcher_service.terms import DataKey
 
 _LOADS_AT_ONCE = 2
 _SCANNER_PREFIX = "scanner."
 
-Key = Callable[[str], bytes | None]
+
+class Key(Protocol):
+    """The keys that files are sealed under."""
+
+    def __call__(self, gallery_id: str, generation: int = 0) -> DataKey | None:
+        """A generation of a gallery's key; 0: the newest, which new files are sealed under. None, or NotFound raised:
+        it was destroyed; of the newest: with the gallery."""
+        ...
+
 
 _log = structlog.get_logger(__name__)
 
@@ -96,12 +105,11 @@ class Snapshots:
         damaged: dict[str, int] = {}
         kept: dict[str, GalleryFiles] = {}
         for gallery_id, files in self._manifest.galleries.items():
-            key = gallery_key(self._key, gallery_id)
-            if key is None:
+            if newest_key(self._key, gallery_id) is None:
                 _log.info("index_gallery_dropped", gallery=gallery_id, reason="its key was destroyed")
                 continue
             try:
-                state = self._load(gallery_id, files, key)
+                state = self._load(gallery_id, files)
             except DataDamaged as damage:
                 _log.error("index_gallery_damaged", gallery=gallery_id, detail=damage.detail)
                 damaged[gallery_id] = files.dimension
@@ -119,14 +127,19 @@ class Snapshots:
         galleries: dict[str, GalleryFiles] = {}
         written: dict[str, list[tuple[Segment, int]]] = {}
         for gallery_id, (dimension, segments) in snapshot.galleries.items():
-            key = gallery_key(self._key, gallery_id)
+            key = newest_key(self._key, gallery_id)
             if key is None:
                 continue  # deleted in the log; the entry that says so is on its way
+            self._let_reseal(segments, key.generation)
             files = tuple(segment.file or self._seal(gallery_id, segment, key) for segment in segments)
             ended = [_ended(segment, snapshot.sequence) for segment in segments]
             counts = [(segment, len(one.rows)) for segment, one in zip(segments, ended, strict=True)]
             before = self._manifest.galleries.get(gallery_id)
-            if before is not None and self._written.get(gallery_id) == counts:
+            if (
+                before is not None
+                and before.state.generation == key.generation
+                and self._written.get(gallery_id) == counts
+            ):
                 state = before.state
             else:
                 state = self._seal_state(gallery_id, dimension, snapshot.sequence, files, ended, key)
@@ -138,6 +151,20 @@ class Snapshots:
         self._disk.sync()
         self._manifest, self._written = manifest, written
         self._remove_all_but(manifest)
+
+    @property
+    def outdated(self) -> bool:
+        """Whether something is sealed under another generation of its gallery's key than the newest."""
+        newest = {gallery_id: newest_key(self._key, gallery_id) for gallery_id in self._manifest.galleries}
+        return any(key is not None and self.generations[name] != key.generation for name, key in newest.items())
+
+    @property
+    def generations(self) -> dict[str, int]:
+        """Of each gallery the oldest generation of its key that something here is sealed under."""
+        return {
+            gallery_id: min(file.generation for file in (files.state, *files.segments))
+            for gallery_id, files in self._manifest.galleries.items()
+        }
 
     # --- reading -----------------------------------------------------------------------------------
 
@@ -151,12 +178,12 @@ class Snapshots:
             _log.error("index_manifest_damaged", detail=damage.detail, hint="the index is rebuilt from the log")
             return Manifest(0, {})
 
-    def _load(self, gallery_id: str, files: GalleryFiles, key: bytes) -> GalleryState:
-        ends = read_state(self._disk.directory, gallery_id, files, key)
+    def _load(self, gallery_id: str, files: GalleryFiles) -> GalleryState:
+        ends = read_state(self._disk.directory, gallery_id, files, self._key)
 
         def load(place: int) -> Segment:
             file = files.segments[place]
-            content, scanner_arrays = read_rows(self._disk.directory, gallery_id, file, key)
+            content, scanner_arrays = read_rows(self._disk.directory, gallery_id, file, self._key)
             if content.dimension != files.dimension:
                 raise DataDamaged(f"{file.name} holds {content.dimension}-d templates, not {files.dimension}-d")
             scanner = self._scanners.load(content.stored, scanner_arrays)
@@ -175,7 +202,15 @@ class Snapshots:
 
     # --- writing -----------------------------------------------------------------------------------
 
-    def _seal(self, gallery_id: str, segment: Segment, key: bytes) -> SealedFile:
+    def _let_reseal(self, segments: Sequence[Segment], generation: int) -> None:
+        """Let go of the first file that is sealed under another generation, so that its segment is sealed anew. One at
+        a time: so the directory never holds more than one segment of a gallery twice."""
+        for segment in segments:
+            if segment.file is not None and segment.file.generation != generation:
+                segment.file = None
+                return
+
+    def _seal(self, gallery_id: str, segment: Segment, key: DataKey) -> SealedFile:
         arrays: dict[str, NDArray[Any]] = segment.content.arrays()
         for name, array in self._scanners.arrays(segment.scanner).items():
             arrays[_SCANNER_PREFIX + name] = array
@@ -190,7 +225,7 @@ class Snapshots:
         sequence: int,
         files: tuple[SealedFile, ...],
         ended: list[Ended],
-        key: bytes,
+        key: DataKey,
     ) -> SealedFile:
         arrays: dict[str, NDArray[Any]] = {}
         for place, one in enumerate(ended):
@@ -206,12 +241,12 @@ class Snapshots:
         return self._write_sealed(gallery_id, "state", facts, arrays, key)
 
     def _write_sealed(
-        self, gallery_id: str, kind: str, facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], key: bytes
+        self, gallery_id: str, kind: str, facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], key: DataKey
     ) -> SealedFile:
         file_id = new_file_id()
         name = f"{hashlib.sha256(gallery_id.encode()).hexdigest()[:16]}-{file_id}.{kind}"
-        size, sha256 = self._disk.write(name, sealed(key, file_id, facts, arrays))
-        return SealedFile(name, file_id, size, sha256)
+        size, sha256 = self._disk.write(name, sealed(key.key, file_id, facts, arrays))
+        return SealedFile(name, file_id, size, sha256, key.generation)
 
     def _remove_all_but(self, manifest: Manifest) -> None:
         kept = manifest.file_names() | {manifests.NAME}
@@ -222,17 +257,30 @@ class Snapshots:
             self._disk.sync()
 
 
-def gallery_key(key: Key, gallery_id: str) -> bytes | None:
-    """The key of a gallery, or None where it was destroyed."""
+def newest_key(key: Key, gallery_id: str) -> DataKey | None:
+    """The newest key of a gallery, or None where it was destroyed."""
     try:
         return key(gallery_id)
     except NotFound:
         return None
 
 
-def read_state(directory: Path, gallery_id: str, files: GalleryFiles, key: bytes) -> list[Ended]:
+def _key_of(key: Key, gallery_id: str, file: SealedFile) -> bytes:
+    """The key that a file is sealed under. Raises DataDamaged if it is gone: what the file held is in the log."""
+    try:
+        found = key(gallery_id, file.generation)
+    except NotFound:
+        found = None
+    if found is None:
+        raise DataDamaged(f"{file.name} is sealed under generation {file.generation} of its key, which is gone")
+    return found.key
+
+
+def read_state(directory: Path, gallery_id: str, files: GalleryFiles, key: Key) -> list[Ended]:
     """The ends of rows per segment. Raises DataDamaged, also if the manifest says otherwise than the state."""
-    facts, arrays = read_sealed(directory / files.state.name, key, files.state.file_id)
+    facts, arrays = read_sealed(
+        directory / files.state.name, _key_of(key, gallery_id, files.state), files.state.file_id
+    )
     said = (facts.get("gallery_id"), facts.get("dimension"), facts.get("segments"))
     if said != (gallery_id, files.dimension, [file.file_id for file in files.segments]):
         raise DataDamaged(f"{files.state.name} and the manifest disagree about gallery {gallery_id}")
@@ -245,9 +293,9 @@ def read_state(directory: Path, gallery_id: str, files: GalleryFiles, key: bytes
         raise DataDamaged(f"{files.state.name} lacks the ends of a segment") from error
 
 
-def read_rows(directory: Path, gallery_id: str, file: SealedFile, key: bytes) -> SegmentContents:
+def read_rows(directory: Path, gallery_id: str, file: SealedFile, key: Key) -> SegmentContents:
     """The rows of a segment and the arrays of its scanner. Raises DataDamaged."""
-    contents = read_sealed(directory / file.name, key, file.file_id)
+    contents = read_sealed(directory / file.name, _key_of(key, gallery_id, file), file.file_id)
     if contents.facts.get("gallery_id") != gallery_id:
         raise DataDamaged(f"{file.name} does not belong to gallery {gallery_id}")
     scanner_arrays = {

@@ -50,7 +50,9 @@ class ShardState:
     `partitions` are those answered for; `assigned` those the shard is to own. `certified` and `scanned` as in
     SearchResult; `missing` names what the answer lacks of the partitions answered for. `refusal` says why replay is
     stuck ("": it is not). `searched_us` is the time in the engine. `live` and `dead` rows per gallery,
-    `bytes_in_memory` and `segments` are filled in for a request without probes only.
+    `bytes_in_memory` and `segments` are filled in for a request without probes only, as are `erased_through`
+    (nothing that had ended by that sequence is in its memory or in any of its files) and `keys`: of each gallery the
+    oldest generation of its key that a file is sealed under.
     """
 
     shard: str
@@ -67,6 +69,8 @@ class ShardState:
     dead: Mapping[str, int] = field(default_factory=dict)
     bytes_in_memory: int = 0
     segments: int = 0
+    erased_through: int = 0
+    keys: Mapping[str, int] = field(default_factory=dict)
 
 
 class ShardAnswer(NamedTuple):
@@ -227,6 +231,9 @@ def decode_state(text: bytes) -> ShardState:
         dead={str(name): int(rows) for name, rows in told["dead"].items()},
         bytes_in_memory=int(told["bytes_in_memory"]),
         segments=int(told["segments"]),
+        # A shard of a release before this one does not tell: nothing is known to have left it.
+        erased_through=int(told.get("erased_through", 0)),
+        keys={str(name): int(one) for name, one in told.get("keys", {}).items()},
     )
 
 

@@ -220,6 +220,9 @@ class FollowingShard:
             dead=held.dead,
             bytes_in_memory=held.bytes_in_memory,
             segments=held.segments,
+            erased_through=self._erased_through(before),
+            # Files aside are sealed anew when they are adopted.
+            keys=before.shard.key_generations,
         )
 
     def _state(self, before: _Standing) -> ShardState:
@@ -232,6 +235,11 @@ class FollowingShard:
             assigned=self._assigned.wanted,
             refusal="; ".join(self._refusals.values()),
         )
+
+    def _erased_through(self, before: _Standing) -> int:
+        # What is gained lies in files aside, and what is lost may be in the files still.
+        moving = self._assigned.gaining or self._leaving or not self._assigned.settled
+        return 0 if moving else before.shard.erased_through
 
     async def assign(self, partitions: Partitions) -> None:
         """Own these partitions from now on; durable on return. Those lost are not answered for any more, those gained

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from matcher_service.errors import ShuttingDown
+from matcher_service.errors import LogUnavailable, ShuttingDown
 from matcher_service.index.compaction import CompactionBudget
 from matcher_service.index.disk import Disk
 from matcher_service.index.engine import Engine, Erased
@@ -44,7 +44,7 @@ REWRITE_ROWS_MIN = 32_768
 QUIET_ROWS_PER_S = 100.0
 # Rewriting speed taken for granted until it was measured, in rows/s.
 _REWRITE_ROWS_PER_S = 20_000.0
-# The files are written anew after so many entries, or so long after the first change.
+# The files are written anew after so many entries, or so long after the first change; sooner if rows must be gone.
 SNAPSHOT_ENTRIES = 131_072
 SNAPSHOT_S = 60.0
 
@@ -104,6 +104,8 @@ class LocalShard:
         self._rewrite_rows_per_s = _REWRITE_ROWS_PER_S
         self._snapshot_at = clock.monotonic()
         self._snapshot_sequence = engine.sequence
+        self._snapshot_s = min(SNAPSHOT_S, erase_within_s / 4)
+        self._erased_through = engine.erased_through()
         self._closed = False
         searches = min(SEARCHES_AT_ONCE_MAX, len(os.sched_getaffinity(0)))
         self._searching = ThreadPoolExecutor(searches, "search", one_thread)
@@ -125,7 +127,7 @@ class LocalShard:
         """Open the segment files of `directory`, made if need be; what they lack comes by replay, beginning
         behind `applied_sequence`.
 
-        `key` gives the 32-byte key of a gallery; None, or NotFound raised, where it was destroyed. Rows that
+        `key` gives the keys of galleries; see `snapshots.Key`. Rows that
         ended leave memory and files within `erase_within_s`. Files that reach beyond `log_head`, the newest sequence
         of the log, are of another history and removed. Raises StartRefused if a newer release wrote them.
         """
@@ -145,6 +147,22 @@ class LocalShard:
     @property
     def applied_sequence(self) -> int:
         return self._engine.sequence
+
+    @property
+    def erased_through(self) -> int:
+        """The sequence through which no row that had ended is in memory or in any file."""
+        return self._erased_through
+
+    async def told_keys(self) -> dict[str, Mapping[str, int] | None]:
+        return {"index": self.key_generations}
+
+    @property
+    def key_generations(self) -> dict[str, int]:
+        """Of each gallery the oldest generation of its key that a file is sealed under."""
+        return self._snapshots.generations
+
+    async def told_erased(self) -> dict[str, int]:
+        return {"index": self._erased_through}
 
     async def search(self, request: SearchRequest) -> SearchResult:
         return await self._run(self._searching, lambda: self._engine.search(request))
@@ -203,15 +221,18 @@ class LocalShard:
         self._engine.erase_ended()
         more = self._scanners.tend()
         entries = self._engine.sequence - self._snapshot_sequence
-        due = entries >= SNAPSHOT_ENTRIES or now - self._snapshot_at >= SNAPSHOT_S
+        due = entries >= SNAPSHOT_ENTRIES or now - self._snapshot_at >= self._snapshot_s
         erased: tuple[Erased, ...] = ()
-        if due and self._engine.changed:
-            self._snapshot_at = now
-            try:
+        # A rotation of keys is looked for between the writings, and then gone through file by file.
+        try:
+            outdated = (due or rows == 0) and self._snapshots.outdated
+            if outdated or (due and self._engine.changed):
+                self._snapshot_at = now
                 erased = self._write_files() or ()
-            except OSError as error:
-                # The log is the truth: nothing is lost, but a restart replays more and erasure waits.
-                _log.error("index_files_not_written", detail=str(error), hint="free space in the data directory")
+                more |= outdated and self._snapshots.outdated
+        except (OSError, LogUnavailable) as error:
+            # The log is the truth: nothing is lost, but a restart replays more and erasure waits.
+            _log.error("index_files_not_written", detail=str(error), hint="free space in the data directory")
         return Upkeep(more or rows > 0, erased, self._clock.wall_ms())
 
     def _write_files(self) -> tuple[Erased, ...] | None:
@@ -224,6 +245,7 @@ class LocalShard:
             self._engine.snapshot_failed(snapshot)
             raise
         self._snapshot_sequence = snapshot.sequence
+        self._erased_through = snapshot.erased_through
         return snapshot.erased
 
     async def _run(self, pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
@@ -239,7 +261,10 @@ class LocalShard:
         await asyncio.to_thread(self._searching.shutdown)
         await asyncio.to_thread(self._applying.shutdown)
         if self._engine.changed:
-            await asyncio.get_running_loop().run_in_executor(self._tending, self._write_files)
+            try:
+                await asyncio.get_running_loop().run_in_executor(self._tending, self._write_files)
+            except LogUnavailable as error:
+                _log.error("index_files_not_written", detail=str(error), hint="the next start reads the log instead")
         await asyncio.to_thread(self._tending.shutdown)
         self._scanners.close()
 

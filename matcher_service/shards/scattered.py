@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -325,6 +325,20 @@ class Scattered:
             bytes_in_memory=0,
             segments=sum(state.segments for state in newest),
         )
+
+    async def told_keys(self) -> dict[str, Mapping[str, int] | None]:
+        """Of each replica and gallery the oldest generation of its key that a file there is sealed under; None of a
+        replica that cannot be asked."""
+        return {
+            one.replica.name: one.looked.keys if one.up and one.looked is not None else None for one in self._replicas
+        }
+
+    async def told_erased(self) -> dict[str, int]:
+        """Of each replica the sequence through which it holds nothing that had ended; -1 if it cannot be asked."""
+        return {
+            one.replica.name: one.looked.erased_through if one.up and one.looked is not None else -1
+            for one in self._replicas
+        }
 
     async def close(self) -> None:
         """Wait for the calls that nobody waits for any more; each ends within `answer_within_s`."""

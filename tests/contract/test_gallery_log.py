@@ -701,7 +701,10 @@ async def test_law_9_erasing_withdraws_what_has_expired_and_erases_it(stocked: W
     assert (entries[-1].kind, entries[-1].reference_id) == (EntryKind.WITHDRAW, "a")
     expired, erased = (await stocked.audited())[-2:]
     assert (expired["action"], expired["facts"]) == ("reference.expired", {"count": 1, "sequences": [[8, 8]]})
-    assert (erased["action"], erased["facts"]) == ("template.erased", {"count": 2, "sequences": [[4, 4], [6, 6]]})
+    assert (erased["action"], erased["facts"]) == (
+        "template.erased",
+        {"count": 2, "sequences": [[4, 4], [6, 6]], "receipt": 1},
+    )
     assert erased["at_ms"] == stocked.clock.wall_ms()
 
 

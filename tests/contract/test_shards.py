@@ -16,6 +16,7 @@ from matcher_service.shards.local import LocalShard
 from matcher_service.terms import Cause, SearchRequest, SearchResult
 from tests.fake_clock import FakeClock
 from tests.log_writer import FAR_MS, NOW_MS, LogWriter, asking, unit_rows
+from tests.one_key import one_key
 from tests.oracle import FlatOracle, score_of
 from tests.oracle_replicas import ScatteredOracles
 
@@ -25,7 +26,7 @@ KEY = bytes(32)
 @asynccontextmanager
 async def local(request: pytest.FixtureRequest) -> AsyncIterator[ReplayedShard]:
     settings = IndexSettings(memory_bytes_max=10**9)
-    shard = await LocalShard.open(request.getfixturevalue("tmp_path"), lambda _: KEY, settings, FakeClock(NOW_MS))
+    shard = await LocalShard.open(request.getfixturevalue("tmp_path"), one_key(KEY), settings, FakeClock(NOW_MS))
     yield shard
     await shard.close()
 

@@ -127,9 +127,9 @@ class Writers:
 
 
 @contextmanager
-def writers(directory: Path) -> Iterator[Writers]:
+def writers(directory: Path, script: str = WRITERS) -> Iterator[Writers]:
     process = subprocess.Popen(
-        [sys.executable, "-c", WRITERS, str(directory)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", script, str(directory)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     with process:
         try:

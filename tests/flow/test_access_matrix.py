@@ -241,6 +241,11 @@ HTTP: dict[str, Row] = {
         lambda _: {"verdict": "rejected", "by": "x", **REASON},
         own=201,
     ),
+    "list_erasures": Row("MAU", "GET", "/v1/erasures"),
+    "describe_erasure": Row("MAU", "GET", "/v1/erasures/999999", own=404),
+    "list_keys": Row("MUS", "GET", "/v1/keys"),
+    "rotate_gallery_key": Row("M", "POST", "/v1/galleries/{}/key", "gallery", own=400),  # without a reason
+    "rewrap_keys": Row("S", "POST", "/v1/keys/rewrap"),
     "list_audit": Row("U", "GET", "/v1/audit", persons=403),
     "list_checkpoints": Row("U", "GET", "/v1/audit/checkpoints"),
     "make_checkpoint": Row("U", "POST", "/v1/audit/checkpoints", own=201),
@@ -434,7 +439,8 @@ async def test_the_services_table_is_the_one_above() -> None:
         for verb, initials in table.items():
             assert {one.value for one in held[verb]} == {scopes[role] for role in who(initials)}, verb
     sre = {verb for verb, held in HTTP_VERBS.items() if "sre" in held}
-    assert sre == {"list_spaces", "describe_space", "metrics", "live", "ready", "openapi", "docs", "root"}
+    keys = {"list_keys", "rewrap_keys"}
+    assert sre == keys | {"list_spaces", "describe_space", "metrics", "live", "ready", "openapi", "docs", "root"}
 
 
 async def test_every_endpoint_as_every_role_on_own_and_foreign_objects(made: World) -> None:

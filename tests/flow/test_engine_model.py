@@ -23,9 +23,10 @@ from matcher_service.index.engine import Engine
 from matcher_service.index.scanners import BySize
 from matcher_service.index.snapshots import Snapshots, read_rows
 from matcher_service.records import decode_gallery
-from matcher_service.terms import EnrolRun, EntryKind, LogEntry, SearchRequest
+from matcher_service.terms import DataKey, EnrolRun, EntryKind, LogEntry, SearchRequest
 from tests.faulty_disk import FaultyDisk, PowerLost
 from tests.log_writer import NOW_MS, LogWriter
+from tests.one_key import one_key
 from tests.oracle import FlatOracle, same
 
 DIMENSION = 3
@@ -77,8 +78,8 @@ class IndexHistory(RuleBasedStateMachine):
         self.engine.restore(restored.sequence, restored.galleries, restored.damaged)
         self.catch_up()
 
-    def key(self, gallery_id: str) -> bytes | None:
-        return KEYS[gallery_id] if gallery_id in self.created else None
+    def key(self, gallery_id: str, generation: int = 0) -> DataKey | None:
+        return DataKey(1, KEYS[gallery_id]) if gallery_id in self.created else None
 
     def catch_up(self) -> None:
         """Replay from where the index stands, in blocks of any size."""
@@ -198,7 +199,8 @@ class IndexHistory(RuleBasedStateMachine):
         manifest = manifests.decode((self.disk.directory / manifests.NAME).read_bytes())
         held = {
             gallery_id: sum(
-                len(read_rows(self.disk.directory, gallery_id, file, KEYS[gallery_id]).rows) for file in files.segments
+                len(read_rows(self.disk.directory, gallery_id, file, one_key(KEYS[gallery_id])).rows)
+                for file in files.segments
             )
             for gallery_id, files in manifest.galleries.items()
         }

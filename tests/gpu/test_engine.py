@@ -19,6 +19,7 @@ from matcher_service.shards.local import LocalShard
 from tests.fake_clock import FakeClock
 from tests.gpu.chips import Breakable, scanners_on
 from tests.log_writer import FAR_MS, NOW_MS, LogWriter, asking, unit_rows
+from tests.one_key import one_key
 from tests.oracle import FlatOracle, same
 
 BUDGET = CompactionBudget(rows_max=1_000_000, erase_after_ms=10**9)
@@ -175,7 +176,7 @@ async def test_a_shard_on_a_device_serves_withdraws_and_starts_again(tmp_path: P
     settings = IndexSettings()  # type: ignore[call-arg]
     for start in range(2):
         scanners = scanners_on([Breakable()], slab_bytes=1 << 15)
-        shard = await LocalShard.open(tmp_path, lambda _: bytes(32), settings, FakeClock(), scanners=scanners)
+        shard = await LocalShard.open(tmp_path, one_key(bytes(32)), settings, FakeClock(), scanners=scanners)
         assert bool(shard.applied_sequence) == bool(start)
         await shard.apply(log.entries)
         await shard.maintain()

@@ -27,6 +27,7 @@ from matcher_service.shards.local import LocalShard
 from matcher_service.terms import SearchRequest
 from tests.fake_clock import FakeClock
 from tests.log_writer import FAR_MS, NOW_MS, LogWriter, asking, unit_rows
+from tests.one_key import one_key
 from tests.oracle import FlatOracle, same
 
 KEY = bytes(32)
@@ -460,7 +461,7 @@ def test_names_and_their_index_survive_choosing_and_joining(names: list[bytes], 
 async def test_withdrawn_rows_leave_every_file_in_time_and_the_report_says_so(tmp_path: Path) -> None:
     """Law 9: with the report only after the files are gone."""
     clock, log = FakeClock(NOW_MS), LogWriter()
-    shard = await LocalShard.open(tmp_path, lambda _: KEY, IndexSettings(memory_bytes_max=10**9), clock)
+    shard = await LocalShard.open(tmp_path, one_key(KEY), IndexSettings(memory_bytes_max=10**9), clock)
     log.create("g", 4)
     for number, row in enumerate(unit_rows(np.random.default_rng(1), 30, 4)):
         log.enrol("g", f"r{number}", row)
@@ -489,7 +490,7 @@ async def test_a_shard_opens_where_it_was_closed(tmp_path: Path) -> None:
     """Without a replay; closed twice is closed, and then it answers nothing."""
     clock, log = FakeClock(NOW_MS), LogWriter()
     settings = IndexSettings(memory_bytes_max=10**9)
-    shard = await LocalShard.open(tmp_path, lambda _: KEY, settings, clock)
+    shard = await LocalShard.open(tmp_path, one_key(KEY), settings, clock)
     log.create("g", 4)
     log.enrol("g", "a", np.array([1, 0, 0, 0]))
     await shard.apply(log.entries)
@@ -497,7 +498,7 @@ async def test_a_shard_opens_where_it_was_closed(tmp_path: Path) -> None:
     await shard.close()
     with pytest.raises(ShuttingDown):
         await shard.search(asking(np.eye(4)))
-    again = await LocalShard.open(tmp_path, lambda _: KEY, settings, clock)
+    again = await LocalShard.open(tmp_path, one_key(KEY), settings, clock)
     assert again.applied_sequence == 2
     assert list((await again.search(asking(np.eye(1, 4)))).reference_ids) == ["a"]
     await again.close()
@@ -507,21 +508,21 @@ async def test_law_1_files_that_reach_beyond_the_log_are_of_another_history(tmp_
     """Law 1: after an older log was restored, the index holds nothing that the log does not."""
     clock, log = FakeClock(NOW_MS), LogWriter()
     settings = IndexSettings(memory_bytes_max=10**9)
-    shard = await LocalShard.open(tmp_path, lambda _: KEY, settings, clock)
+    shard = await LocalShard.open(tmp_path, one_key(KEY), settings, clock)
     log.create("g", 2)
     log.enrol("g", "kept", np.array([1, 0]))
     log.enrol("g", "later", np.array([1, 0]))
     await shard.apply(log.entries)
     await shard.close()
     with structlog.testing.capture_logs() as told:
-        again = await LocalShard.open(tmp_path, lambda _: KEY, settings, clock, log_head=2)
+        again = await LocalShard.open(tmp_path, one_key(KEY), settings, clock, log_head=2)
     assert [one["event"] for one in told] == ["index_beyond_log"]
     assert again.applied_sequence == 0
     assert not row_files(tmp_path)
     await again.apply(log.entries[:2])
     assert list((await again.search(asking(np.array([[1, 0]])))).reference_ids) == ["kept"]
     await again.close()
-    same = await LocalShard.open(tmp_path, lambda _: KEY, settings, clock, log_head=2)
+    same = await LocalShard.open(tmp_path, one_key(KEY), settings, clock, log_head=2)
     assert same.applied_sequence == 2
     await same.close()
 
@@ -530,7 +531,7 @@ async def test_a_gallery_being_rebuilt_is_named_as_missing(tmp_path: Path) -> No
     """Law 4: until replay has reached what the files had."""
     clock, log = FakeClock(NOW_MS), LogWriter()
     settings = IndexSettings(memory_bytes_max=10**9)
-    shard = await LocalShard.open(tmp_path, lambda _: KEY, settings, clock)
+    shard = await LocalShard.open(tmp_path, one_key(KEY), settings, clock)
     for gallery_id in ("g", "h"):
         log.create(gallery_id, 2)
         log.enrol(gallery_id, "a", np.array([1, 0]))
@@ -540,7 +541,7 @@ async def test_a_gallery_being_rebuilt_is_named_as_missing(tmp_path: Path) -> No
     damaged = min(row_files(tmp_path))
     damaged.write_bytes(damaged.read_bytes()[:-1])
     with structlog.testing.capture_logs():
-        again = await LocalShard.open(tmp_path, lambda _: KEY, settings, clock)
+        again = await LocalShard.open(tmp_path, one_key(KEY), settings, clock)
     assert again.applied_sequence == 0
     request = asking(np.array([[1, 0]]), ("g", "h"))
     result = await again.search(request)
@@ -556,7 +557,7 @@ async def test_a_gallery_being_rebuilt_is_named_as_missing(tmp_path: Path) -> No
 async def test_a_full_disk_stops_no_search_and_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Erasure is reported only when the files could be written."""
     clock, log = FakeClock(NOW_MS), LogWriter()
-    shard = await LocalShard.open(tmp_path, lambda _: KEY, IndexSettings(memory_bytes_max=10**9), clock)
+    shard = await LocalShard.open(tmp_path, one_key(KEY), IndexSettings(memory_bytes_max=10**9), clock)
     log.create("g", 2)
     log.enrol("g", "a", np.array([1, 0]))
     log.withdraw("g", "a")

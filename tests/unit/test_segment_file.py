@@ -24,6 +24,7 @@ from matcher_service.index.snapshots import Snapshots
 from matcher_service.records import decode_gallery
 from tests.faulty_disk import FaultyDisk
 from tests.log_writer import NOW_MS, LogWriter, asking
+from tests.one_key import one_key
 from tests.oracle import FlatOracle, same
 
 KEY = bytes(range(32))
@@ -131,7 +132,7 @@ def test_a_manifest_of_a_newer_release_stops_the_start(tmp_path: Path, monkeypat
     (tmp_path / manifests.NAME).write_bytes(content)
     (tmp_path / "future.rows").write_bytes(b"precious")
     with pytest.raises(StartRefused):
-        Snapshots(Disk(tmp_path), lambda _: KEY, BySize()).restore()
+        Snapshots(Disk(tmp_path), one_key(KEY), BySize()).restore()
     assert (tmp_path / "future.rows").read_bytes() == b"precious"
 
 
@@ -157,7 +158,7 @@ def opened(directory: Path) -> tuple[Engine, Snapshots]:
         memory_bytes_max=10**9,
         tail_rows_max=3,
     )
-    snapshots = Snapshots(FaultyDisk(directory), lambda _: KEY, BySize())
+    snapshots = Snapshots(FaultyDisk(directory), one_key(KEY), BySize())
     restored = snapshots.restore()
     engine.restore(restored.sequence, restored.galleries, restored.damaged)
     return engine, snapshots
@@ -241,7 +242,7 @@ def test_inspection_counts_and_verifies(tmp_path: Path) -> None:
     """Every block, and every checksum; and says what is wrong without touching it."""
     log = history()
     written(tmp_path / "index", log)
-    report = inspect(tmp_path, lambda _: KEY)
+    report = inspect(tmp_path, one_key(KEY))
     assert report.problems == ()
     assert (report.sequence, report.live, report.dead) == (log.entries[-1].sequence, 2, 2)
     assert [segment.rows for gallery in report.galleries for segment in gallery.segments] == [3, 1]
@@ -250,11 +251,11 @@ def test_inspection_counts_and_verifies(tmp_path: Path) -> None:
     content[-1] ^= 1
     path.write_bytes(content)
     before = {file: file.read_bytes() for file in (tmp_path / "index").iterdir()}
-    problems = inspect(tmp_path, lambda _: KEY).problems
+    problems = inspect(tmp_path, one_key(KEY)).problems
     assert any("checksum" in problem for problem in problems)
     assert any("authentication" in problem for problem in problems)
     assert {file: file.read_bytes() for file in (tmp_path / "index").iterdir()} == before
-    assert any("key" in problem for problem in inspect(tmp_path, lambda _: None).problems)
+    assert any("key" in problem for problem in inspect(tmp_path, lambda gallery_id, generation=0: None).problems)
 
 
 def test_a_directory_of_format_1_opens(tmp_path: Path) -> None:

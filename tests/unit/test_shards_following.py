@@ -23,6 +23,7 @@ from matcher_service.shards.following import FollowingShard
 from matcher_service.terms import EntryKind, LogEntry, SearchRequest, SearchResult
 from tests.fake_clock import FakeClock
 from tests.log_writer import NOW_MS, LogWriter, asking, unit_rows
+from tests.one_key import one_key
 from tests.oracle import FlatOracle, same
 
 KEY = bytes(32)
@@ -85,7 +86,7 @@ async def following_shard(
 ) -> AsyncIterator[FollowingShard]:
     """`crash`: it ends without writing its files."""
     shard = await FollowingShard.open(
-        "a", directory, lambda _: KEY, SETTINGS, FakeClock(NOW_MS), configured=configured, erase_within_s=3600
+        "a", directory, one_key(KEY), SETTINGS, FakeClock(NOW_MS), configured=configured, erase_within_s=3600
     )
     running = asyncio.create_task(shard.run(lambda: nullcontext(log))) if log else None  # type: ignore[arg-type]
     try:
@@ -434,7 +435,7 @@ async def test_a_log_that_refuses_for_good_is_opened_anew(tmp_path: Path, rng: n
         yield logs[-1]
 
     shard = await FollowingShard.open(
-        "a", tmp_path, lambda _: KEY, SETTINGS, clock := FakeClock(NOW_MS), configured=LEFT, erase_within_s=3600
+        "a", tmp_path, one_key(KEY), SETTINGS, clock := FakeClock(NOW_MS), configured=LEFT, erase_within_s=3600
     )
     running = asyncio.create_task(shard.run(open_log))  # type: ignore[arg-type]
     await until(stands_at(shard, log, LEFT))
@@ -469,7 +470,7 @@ async def test_what_scans_adopted_rows_goes_on_when_the_index_aside_is_closed(
     write(log, rng, 3000)
     several = SETTINGS.model_copy(update={"threads": 2})
     shard = await FollowingShard.open(
-        "a", tmp_path, lambda _: KEY, several, FakeClock(NOW_MS), configured=LEFT, erase_within_s=3600
+        "a", tmp_path, one_key(KEY), several, FakeClock(NOW_MS), configured=LEFT, erase_within_s=3600
     )
     running = asyncio.create_task(shard.run(lambda: nullcontext(ReadableLog(log))))  # type: ignore[arg-type]
     await until(stands_at(shard, log, LEFT))
