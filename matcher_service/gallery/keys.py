@@ -91,7 +91,8 @@ class Keyring:
         if not fresh and (missing := [path for path in needed if not path.exists()]):
             raise StartRefused(
                 f"no key at {missing[0]}, and the gallery log holds what was sealed under it",
-                hint="restore the keys directory, or set storage.keys_dir to where it is",
+                hint="restore the keys directory, or set storage.keys_dir to where it is; if a key service wraps the "
+                "keys, name it in keys.service_url",
             )
         self._galleries.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._dir.chmod(0o700)

@@ -1,4 +1,4 @@
-"""The key of a gallery is rotated: everything is sealed anew while writes go on, and the old key goes when it is free."""
+"""A gallery's key is rotated: all is sealed anew while writes go on, and the old key goes when it is free."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ async def test_everything_is_sealed_anew_while_writes_go_on_and_the_old_key_is_d
     with pytest.raises(NotFound):
         await rotations.rotate("nowhere", "a test", True, CLERK)
 
-    # What comes in from now on, alone or in columns, is under the new key; what is there, until its turn, under the old.
+    # What comes in from now on is under the new key; what is there, until its turn, under the old.
     await stocked.do(enrol("new", 50, idempotency_key="k"))
     assert await generations(stocked) == [1] * 20 + [2]
     assert await rotations.reseal_some()
