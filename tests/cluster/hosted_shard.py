@@ -37,10 +37,11 @@ def served_shards(
     log_url: str,
     keys_dir: Path,
     shards: Mapping[str, Partitions],
+    settings: Mapping[str, str] | None = None,
     **options: str,
 ) -> Iterator[ServedTriton]:
     """One server with a model for each of `shards`; their volumes are folders of these names in `folder`/volumes.
-    `options` are the server's, with underscores for its hyphens."""
+    `settings` are more parameters of theirs, `options` are the server's, with underscores for its hyphens."""
     parameters = {
         name: {
             "partitions": ranges(partitions) or "none",
@@ -49,6 +50,7 @@ def served_shards(
             "log_url": log_url,
             "threads": "1",
             "memory_bytes_max": str(10**9),
+            **(settings or {}),
         }
         for name, partitions in shards.items()
     }

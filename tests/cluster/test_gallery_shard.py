@@ -7,20 +7,26 @@ import asyncio
 import random
 import shutil
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import prometheus_client
 import pytest
 
 from matcher_service.clock import SystemClock
-from matcher_service.errors import InvalidInput
+from matcher_service.errors import InvalidInput, MatcherError
+from matcher_service.gallery.erasure_receipts import SqlErasureReceipts
+from matcher_service.gallery.resealing import SqlKeyRotations
 from matcher_service.merge import merge
+from matcher_service.metrics import Metrics
 from matcher_service.models.repository import assemble
 from matcher_service.partitions import ALL_PARTITIONS, NO_PARTITIONS, Partitions, partition_of, share
 from matcher_service.settings import IndexSettings
 from matcher_service.shards.local import LocalShard
+from matcher_service.shards.scattered import Scattered
+from matcher_service.shards.triton import TritonReplica
 from matcher_service.terms import (
     Actor,
     Cause,
@@ -36,6 +42,7 @@ from matcher_service.terms import (
     TemplateSpace,
     Withdraw,
 )
+from matcher_service.triton_endpoints import TritonClients
 from tests.cluster.fixtures import MODELS
 from tests.cluster.hosted_shard import ask, asked, fresh, open_log, served_shards, state_of, until_state
 from tests.cluster.served_postgres import ServedPostgres
@@ -43,6 +50,7 @@ from tests.cluster.served_triton import ServedTriton, ServerDied
 from tests.cluster.server_environment import ServerEnvironment
 from tests.cluster.test_server_values import numpy_2_before
 from tests.log_writer import unit_rows
+from tests.one_key import one_key
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
@@ -136,7 +144,7 @@ async def embedded(world: World, tmp_path: Path) -> AsyncIterator[LocalShard]:
     """The same references in one shard in this process."""
     shard = await LocalShard.open(
         tmp_path / "embedded",
-        lambda _: bytes(32),
+        one_key(bytes(32)),
         IndexSettings(threads=1, memory_bytes_max=10**9),
         SystemClock(),
     )
@@ -293,6 +301,69 @@ async def test_a_shard_recovers_by_itself_on_an_empty_a_stale_and_a_corrupt_volu
                     expected = {names[place][1] for place in np.flatnonzero(scores[probe] >= 0.35)}
                     assert set(found.reference_ids[here]) == expected, harm
             server.kill() if harm == "corrupt" else server.stop()
+
+
+async def test_a_shards_files_are_sealed_anew_and_rid_of_who_was_withdrawn_and_it_is_on_record(
+    server_environment: ServerEnvironment, postgres_server: ServedPostgres, tmp_path: Path
+) -> None:
+    """The gateway that records it knows of the shard only what the shard's state tells."""
+    name = f"erased_{uuid.uuid4().hex}"
+    world = World(postgres_server.create(name), tmp_path / "keys", np.random.default_rng(1))
+    await world.write(300)
+    clients = TritonClients()
+    log = await open_log(world.log_url, world.keys_dir)
+    try:
+        # What has ended leaves memory and files within these hours: 4 s.
+        with served_shards(
+            server_environment, tmp_path, world.log_url, world.keys_dir, {"a": ALL_PARTITIONS}, settings={"erase_within_h": "0.0011"}
+        ) as server:
+            replica = TritonReplica(f"{server.grpc_endpoint}/a", clients, SystemClock())
+            metrics = Metrics(prometheus_client.CollectorRegistry())
+            shard = Scattered([[replica]], SystemClock(), metrics, hedge_after_s=1, answer_within_s=5)
+            async with asked(server) as asking:
+                await until_state(asking, "a", fresh(world.sequence, ALL_PARTITIONS))
+            rotations, receipts = SqlKeyRotations(log), SqlErasureReceipts(log)
+            await rotations.rotate("custody", "a test", True, CLERK)
+            while await rotations.reseal_some():
+                pass
+            (ended,) = await log.append([Withdraw("custody", "r0", "released")], CLERK)
+            assert not isinstance(ended, MatcherError)
+            # From a shard that cannot be asked nothing is concluded.
+            down = Scattered(
+                [[TritonReplica("127.0.0.1:1/a", clients, SystemClock())]], SystemClock(), metrics,
+                hedge_after_s=1, answer_within_s=5,
+            )  # fmt: skip
+            assert await down.told_keys() == {"127.0.0.1:1/a": None}
+            assert await rotations.retire(await down.told_keys(), SystemClock().wall_ms()) == []
+            assert await down.told_erased() == {"127.0.0.1:1/a": -1}
+            retired: Sequence[str] = []
+            complete = 0
+            async with asyncio.timeout(120):
+                while not (complete and retired):
+                    await log.erase(SystemClock().wall_ms())
+                    await shard.look()
+                    retired = retired or await rotations.retire(await shard.told_keys(), SystemClock().wall_ms())
+                    complete += await receipts.report(await shard.told_erased())
+                    await asyncio.sleep(0.1)
+            assert retired == ["custody"]
+            (receipt,) = await receipts.receipts("custody", "s0", 0, 10)
+            stores = {one.store: one.at_ms for one in receipt.stores}
+            assert stores[f"segments of {server.grpc_endpoint}/a"] is not None
+            assert (stores["write_ahead_log"], stores["database"]) != (None, None)
+            (record,) = [one for one in await log.audit(0, 10_000) if one["action"] == "erasure.complete"]
+            assert str(record["facts"]).count(server.grpc_endpoint) == 1
+            assert len(list((tmp_path / "keys" / "galleries").glob("*.2.key"))) == 1
+            assert len(list((tmp_path / "keys" / "galleries").glob("*.key"))) == len(GALLERIES)
+        # Started again it reads its files under the new key.
+        with served_shards(
+            server_environment, tmp_path, world.log_url, world.keys_dir, {"a": ALL_PARTITIONS}
+        ) as server:
+            async with asked(server) as asking:
+                await until_state(asking, "a", fresh(await log.head(), ALL_PARTITIONS))
+    finally:
+        await log.close()
+        await clients.close()
+        postgres_server.drop(name)
 
 
 async def test_a_shard_without_its_keys_or_its_log_says_so_and_serves_when_they_are_there(

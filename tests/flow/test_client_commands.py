@@ -271,6 +271,32 @@ def test_the_token_may_come_from_the_environment(shell: Shell, service: Path, mo
     assert shell("galleries", "list")[0] == 0
 
 
+def test_keys_are_rotated_and_wrapped_anew_and_erasures_shown(shell: Shell, tmp_path: Path) -> None:
+    shell.json("spaces", "register", f"keys/1/{D}", "--centre=zero")
+    terms = [one for one in GALLERY if not one.startswith("--space")]
+    shell.json("galleries", "create", "sealed", "--kind=custody", f"--space=keys/1/{D}", *terms)
+    templates = np.random.default_rng(3).normal(size=(20, D)).astype(np.float32)
+    names = np.array([f"k{row}" for row in range(20)])
+    np.savez(tmp_path / "sealed.npz", templates=templates, reference_ids=names, subject_ids=names)
+    assert shell.json("import", "sealed", str(tmp_path / "sealed.npz"))["enrolled"] == 20
+    assert "Nothing has been erased." in shell("erasures", "list", "--gallery=sealed")[1]
+
+    told = shell.json("keys", "rotate", "sealed", "--reason=yearly", "--wait")
+    assert (told["generation"], told["resealed"], told["share"]) == (2, 20, 1.0)
+    assert told["resealed_at_ms"] is not None
+    assert [one["gallery_id"] for one in shell.json("keys", "list")["keys"]] == ["sealed"]
+    assert "sealed" in shell("keys", "list")[1]
+    code, _, err = shell("keys", "rotate", "nowhere", "--reason=x")
+    assert (code, "NOT_FOUND" in err or "UNKNOWN_GALLERY" in err) == (1, True)
+    assert "keys wrapped anew by file:" in shell("keys", "rewrap")[1]
+
+    shell.json("references", "withdraw", "sealed", "k3", "--reason=x")
+    waiting = shell.json("erasures", "list", "--gallery=sealed")["waiting"]
+    assert waiting["templates"] <= 1
+    code, _, err = shell("erasures", "show", "999")
+    assert (code, "no receipt 999" in err) == (1, True)
+
+
 async def test_inspect_tells_an_intact_index_from_a_damaged_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

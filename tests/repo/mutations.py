@@ -252,6 +252,20 @@ MUTATIONS = (
         "pass",
         f"{RIGHTS}::test_a_subject_gets_everything_that_is_held_of_them_and_it_is_audited",
     ),
+    Mutation(
+        "the wait for every index",
+        "gallery/erasure_receipts.py",
+        "row.kind != ErasedKind.TEMPLATES or indexes.keys() <= told.keys()",
+        "True",
+        "tests/flow/test_erasure_receipts.py::test_a_receipt_waits_for_an_index_that_has_not_reported",
+    ),
+    Mutation(
+        "the keys that backups need",
+        "gallery/resealing.py",
+        "keep_ms = 0 if backups_too else transaction.terms.backups_destroyed_within_ms",
+        "keep_ms = 0",
+        "tests/contract/test_key_rotation.py::test_the_old_key_waits_for_backups_and_for_every_index",
+    ),
 )
 
 
