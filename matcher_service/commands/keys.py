@@ -7,9 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from matcher_service.commands.http_api import HttpApi, api_to, path_of
-from matcher_service.commands.options import HTTP_URL, AsJson, CaFile, Http, Reason, TokenFile
-from matcher_service.commands.output import print_json, print_rows
+from matcher_service.commands.asking import Answer, asking
+from matcher_service.commands.http_api import HttpApi, path_of
+from matcher_service.commands.options import Reason
+from matcher_service.commands.output import print_rows
 
 keys = typer.Typer(no_args_is_help=True, help="Keys of galleries, and what wraps them.")
 
@@ -21,20 +22,18 @@ _LOOK_EVERY_S = 0.5
 
 
 @keys.command("list")
-def list_keys(
-    http: Http = HTTP_URL, token_file: TokenFile = None, ca_file: CaFile = None, as_json: AsJson = False
-) -> None:
+@asking
+def list_keys(api: HttpApi) -> Answer:
     """Every gallery whose key was rotated, and how far that has come."""
-    with api_to(http, token_file, ca_file) as api:
-        found = api.get(path_of("keys"))
-    if as_json:
-        return print_json(found)
+    found = api.get(path_of("keys"))
     rows = [{**one, "waits_for": ", ".join(one["waits_for"]) or None} for one in found["keys"]]
-    print_rows(rows, _COLUMNS, "No key was ever rotated.")
+    return Answer(found, lambda: print_rows(rows, _COLUMNS, "No key was ever rotated."))
 
 
 @keys.command("rotate")
+@asking
 def rotate_key(
+    api: HttpApi,
     gallery: Annotated[str, typer.Argument(help="The gallery whose key is rotated.")],
     reason: Reason,
     backups_too: Annotated[
@@ -44,38 +43,27 @@ def rotate_key(
         ),
     ] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Show the progress until everything is sealed anew.")] = False,
-    http: Http = HTTP_URL,
-    token_file: TokenFile = None,
-    ca_file: CaFile = None,
-    as_json: AsJson = False,
-) -> None:
+) -> Answer:
     """Seal a gallery under a new key, from now on and, in the background, all that it holds."""
-    with api_to(http, token_file, ca_file) as api:
-        told = api.post(path_of("galleries", gallery, "key"), None, reason=reason, backups_too=str(backups_too).lower())
-        while wait and told["resealed_at_ms"] is None:
-            if not as_json:
-                seen = f"{told['share']:.0%} of the log gone through, {told['resealed']} templates sealed anew"
-                typer.echo(seen, err=True)
-            time.sleep(_LOOK_EVERY_S)
-            told = _key_of(api, gallery)
-    if as_json:
-        return print_json(told)
+    told = api.post(path_of("galleries", gallery, "key"), None, reason=reason, backups_too=str(backups_too).lower())
+    while wait and told["resealed_at_ms"] is None:
+        seen = f"{told['share']:.0%} of the log gone through, {told['resealed']} templates sealed anew"
+        typer.echo(seen, err=True)
+        time.sleep(_LOOK_EVERY_S)
+        told = _key_of(api, gallery)
     state = "is sealed anew" if told["resealed_at_ms"] is not None else "is being sealed anew"
-    typer.echo(f"Gallery {gallery} {state} under generation {told['generation']} of its key.")
+    return Answer(told, f"Gallery {gallery} {state} under generation {told['generation']} of its key.")
 
 
 @keys.command("rewrap")
-def rewrap_keys(
-    http: Http = HTTP_URL, token_file: TokenFile = None, ca_file: CaFile = None, as_json: AsJson = False
-) -> None:
+@asking
+def rewrap_keys(api: HttpApi) -> Answer:
     """Wrap every key anew: by a new master key, or by the key service, as the settings say."""
-    with api_to(http, token_file, ca_file) as api:
-        done = api.post(path_of("keys", "rewrap"), None)
-    if as_json:
-        return print_json(done)
-    typer.echo(f"{done['keys']} keys wrapped anew by {done['by']}.")
+    done = api.post(path_of("keys", "rewrap"), None)
+    shown = f"{done['keys']} keys wrapped anew by {done['by']}."
     if done["left"]:
-        typer.echo(f"{done['left']} keys of no known gallery are left under the master key before, which stays.")
+        shown += f"\n{done['left']} keys of no known gallery are left under the master key before, which stays."
+    return Answer(done, shown)
 
 
 def _key_of(api: HttpApi, gallery: str) -> Any:

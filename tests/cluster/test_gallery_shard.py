@@ -315,7 +315,12 @@ async def test_a_shards_files_are_sealed_anew_and_rid_of_who_was_withdrawn_and_i
     try:
         # What has ended leaves memory and files within these hours: 4 s.
         with served_shards(
-            server_environment, tmp_path, world.log_url, world.keys_dir, {"a": ALL_PARTITIONS}, settings={"erase_within_h": "0.0011"}
+            server_environment,
+            tmp_path,
+            world.log_url,
+            world.keys_dir,
+            {"a": ALL_PARTITIONS},
+            settings={"erase_within_h": "0.0011"},
         ) as server:
             replica = TritonReplica(f"{server.grpc_endpoint}/a", clients, SystemClock())
             metrics = Metrics(prometheus_client.CollectorRegistry())
