@@ -26,9 +26,6 @@ def write(target: str, into: Path) -> Path:
 def main(into: Path) -> None:
     into.mkdir(parents=True, exist_ok=True)
     for target in TARGETS:
-        if not path_of(target).exists():
-            sys.stdout.write(f"{target}: not locked, see `make lock`\n")
-            continue
         sys.stdout.write(f"{write(target, into)}\n")
 
 

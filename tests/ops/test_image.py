@@ -23,8 +23,6 @@ DOCKERFILE = (ROOT / "Dockerfile").read_text()
 STAGES = rehearse.stages_of(DOCKERFILE)
 HEALTHCHECK = ROOT / "ops/image/healthcheck.py"
 TARGETS = ("cpu", "gpu", "triton", "triton-gpu")
-# The locks of the two with torch may be left to whoever builds them: torch is theirs to choose.
-LOCKED = [target for target in lock.TARGETS if lock.path_of(target).exists()]
 PIN = re.compile(r"^([a-z0-9-]+)==(\S+?)(?: ; .+?)?((?: --hash=sha256:[0-9a-f]{64})+)$")
 
 
@@ -80,11 +78,7 @@ def test_nothing_is_installed_in_an_image_but_wheels_by_their_hash_and_the_packa
     ]
 
 
-def test_whatever_has_no_torch_is_locked() -> None:
-    assert {target for target, held in lock.TARGETS.items() if lock.TORCH not in held.also} <= set(LOCKED)
-
-
-@pytest.mark.parametrize("target", LOCKED)
+@pytest.mark.parametrize("target", lock.TARGETS)
 def test_the_locked_versions_are_those_that_were_tested_and_all_that_is_asked_for_is_locked(target: str) -> None:
     tested = dict(
         line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")
@@ -100,7 +94,7 @@ def test_the_locked_versions_are_those_that_were_tested_and_all_that_is_asked_fo
 
 
 def test_triton_models_get_the_numpy_that_their_backend_exchanges_tensors_with_and_no_image_two_faiss() -> None:
-    for target in set(LOCKED) - {"build"}:
+    for target in TARGETS:
         held = pins(target)
         assert [name for name in held if name.startswith("faiss")] == ["faiss-cpu"]
         assert held["numpy"].startswith("1." if target.startswith("triton") else "2.")
@@ -123,7 +117,6 @@ def test_every_file_that_an_image_copies_is_let_through_to_the_build() -> None:
     for step in [step for _, own in STAGES.values() for step in own]:
         if step.name == "COPY" and not step.text.startswith("--from"):
             *sources, _ = step.text.split()
-            sources = [source for source in sources if not source.endswith("-gpu.txt") or (ROOT / source).exists()]
             assert all(rehearse.let_through(source) for source in sources), step
     assert not rehearse.let_through("tests")
 
