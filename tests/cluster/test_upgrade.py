@@ -40,7 +40,7 @@ from tests.cluster.test_cluster import (
     someone,
     until,
 )
-from tests.running_service import WholeService
+from tests.running_service import WholeService, whole_service
 from tests.served_process import Served, served
 
 pytestmark = pytest.mark.cluster
@@ -49,6 +49,10 @@ SHARD_READY = ROOT / "ops/image/shard_ready.py"
 # Two servers hold both shards, so that restarting one takes one replica of each shard.
 SHARDS = {"shard_0": share(0, 2), "shard_1": share(1, 2)}
 TOKEN = "t" * 43
+# A machine that is busy with something else is no replica that was lost: looks at it are waited for. One that was
+# stopped refuses at once.
+PATIENT = {"answer_within_ms": 20_000}
+DEADLINE_MS = 30_000
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +143,8 @@ async def test_every_reply_is_complete_while_one_replica_of_each_shard_after_the
     does; the next is stopped only when the gateway has heard of it. A replica that is not waited for costs answers."""
     name = "upgrade"
     ids, rows = named(name, 60), someone(21, 60)
-    async with gateway(cluster, tmp_path, pairs(cluster)) as one:
+    sections = cluster.sections(pairs(cluster), **PATIENT)
+    async with whole_service(tmp_path, limits={"deadline_ms_default": DEADLINE_MS}, **sections) as one:
         fresh = one.running.service.metrics.replica_fresh
         await prepared(one, name)
         head = await enrolled(one.client, name, ids[:40], rows[:40])
@@ -191,7 +196,8 @@ async def test_gateways_are_replaced_one_by_one_and_every_probe_gets_its_complet
     ids, rows = named(name, 20), someone(22, 20)
     http_port, grpc_port, *metrics_ports = free_ports(6)
     environment = {
-        **cluster.environment(pairs(cluster)),
+        **cluster.environment(pairs(cluster), **PATIENT),
+        "MATCHER_LIMITS__DEADLINE_MS_DEFAULT": str(DEADLINE_MS),
         "MATCHER_SERVER__SHARE_PORTS": "true",
         "MATCHER_SERVER__HTTP_PORT": str(http_port),
         "MATCHER_SERVER__GRPC_PORT": str(grpc_port),
