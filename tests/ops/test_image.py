@@ -131,7 +131,6 @@ def test_the_list_of_what_an_image_holds_names_every_wheel_with_its_hash(tmp_pat
     for one in told["components"]:
         assert one["purl"].startswith(f"pkg:pypi/{one['name']}@")
         assert [held["alg"] for way in one["externalReferences"] for held in way["hashes"]] == ["SHA-256"]
-    assert json.loads(sbom.write("cpu", tmp_path).read_text())["components"] == told["components"]
 
 
 def test_the_steps_of_the_dockerfile_make_a_service_that_runs_as_its_image_says() -> None:
