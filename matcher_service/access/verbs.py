@@ -99,6 +99,7 @@ HTTP_VERBS: Mapping[str, frozenset[Scope]] = {
     "metrics": _only(SRE),
     "live": _EVERYONE,
     "ready": _EVERYONE,
+    "started": _EVERYONE,
     "openapi": _EVERYONE,
     "docs": _EVERYONE,
     "root": _EVERYONE,

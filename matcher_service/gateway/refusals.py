@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import structlog
 
-from matcher_service import errors
+from matcher_service import errors, logs
 from matcher_service.errors import MatcherError
 from matcher_service.terms import Cause, Decision, Outcome, Receipt
 
@@ -63,8 +63,9 @@ def of_all_references(receipts: Sequence[Receipt | MatcherError]) -> MatcherErro
 
 
 def unexpected(error: BaseException) -> MatcherError:
-    """A defect of the service as a refusal; what is logged of it is its kind and its place."""
-    _log.error("unexpected", exc_info=error)
+    """A defect of the service as a refusal. It is logged by kind and place only, whoever writes the lines: the text of
+    an exception may hold values of a probe, which must not outlive its response (law 6)."""
+    _log.error("unexpected", kind=type(error).__name__, at=logs.places(error.__traceback__))
     return internal()
 
 

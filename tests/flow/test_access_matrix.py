@@ -440,7 +440,17 @@ async def test_the_services_table_is_the_one_above() -> None:
             assert {one.value for one in held[verb]} == {scopes[role] for role in who(initials)}, verb
     sre = {verb for verb, held in HTTP_VERBS.items() if "sre" in held}
     keys = {"list_keys", "rewrap_keys"}
-    assert sre == keys | {"list_spaces", "describe_space", "metrics", "live", "ready", "openapi", "docs", "root"}
+    assert sre == keys | {
+        "list_spaces",
+        "describe_space",
+        "metrics",
+        "live",
+        "ready",
+        "started",
+        "openapi",
+        "docs",
+        "root",
+    }
 
 
 async def test_every_endpoint_as_every_role_on_own_and_foreign_objects(made: World) -> None:

@@ -569,7 +569,7 @@ async def test_a_refusal_by_the_flow_keeps_its_cause_field_and_hint_on_both_edge
         assert error_info(refused.value) == {"reason": "NOT_FOUND", "field": "deployment_id", "hint": "create it"}
         status = rpc_status.from_call(refused.value)
         kinds = [one.type_url.rsplit(".", 1)[-1] for one in status.details]
-        assert kinds == ["ErrorInfo", "BadRequest", "RetryInfo"]
+        assert kinds == ["ErrorInfo", "BadRequest", "RetryInfo", "RequestInfo"]
         async with httpx.AsyncClient(base_url=edges.url, headers=PROTOBUF) as client:
             answer = await client.post("/v1/identify", content=probes("a").SerializeToString())
         assert answer.headers["retry-after"] == "2"

@@ -167,7 +167,7 @@ def test_what_helps_to_find_a_fault_stays(text: str, lines: Callable[[], list[di
 # --- what the code itself logs -------------------------------------------------------------------------
 
 NAMES = {
-    "after_s", "applied", "at", "detail", "device", "exc_info", "gallery", "hint", "index_sequence", "log_head",
+    "after_s", "applied", "at", "detail", "device", "exc_info", "gallery", "hint", "index_sequence", "kind", "log_head",
     "lost", "partitions", "reason", "replica", "rows", "sequence", "sequence_max", "sequence_min", "shard",
     "task", "withdrawn_again",
 }  # fmt: skip
