@@ -359,15 +359,15 @@ async def test_a_shards_files_are_sealed_anew_and_rid_of_who_was_withdrawn_and_i
             assert str(record["facts"]).count(server.grpc_endpoint) == 1
             assert len(list((tmp_path / "keys" / "galleries").glob("*.2.key"))) == 1
             assert len(list((tmp_path / "keys" / "galleries").glob("*.key"))) == len(GALLERIES)
-        # Started again it reads its files under the new key.
-        with served_shards(
-            server_environment, tmp_path, world.log_url, world.keys_dir, {"a": ALL_PARTITIONS}
-        ) as server:
+            # Started again it reads its files under the new key. An old connection would wait before it is made anew.
+            await clients.close()
+            server.stop()
+            await asyncio.to_thread(server.start)
             async with asked(server) as asking:
                 await until_state(asking, "a", fresh(await log.head(), ALL_PARTITIONS))
     finally:
-        await log.close()
         await clients.close()
+        await log.close()
         postgres_server.drop(name)
 
 
