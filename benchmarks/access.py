@@ -126,14 +126,16 @@ async def measure(args: argparse.Namespace, folder: Path, notes: Console) -> Row
 def serve_bare() -> int:
     """The service without access control and audit, which exists for this comparison only."""
 
-    async def record_nothing(*_: Any) -> None:
+    async def do_nothing(*_: Any) -> None:
         return None
 
     def allow(*_: Any) -> None:
         return None
 
-    setattr(SqlGalleryLog, "record", record_nothing)  # noqa: B010
-    for name in ("admit", "completed", "disclosed"):
+    setattr(SqlGalleryLog, "record", do_nothing)  # noqa: B010
+    for name in ("admit_case", "completed"):
+        setattr(Conduct, name, do_nothing)
+    for name in ("admit", "disclosed"):
         setattr(Conduct, name, allow)
     setattr(verbs, "require", allow)  # noqa: B010
     setattr(standing, "require", allow)  # noqa: B010

@@ -180,7 +180,8 @@ class Administration:
 
     async def create_gallery(self, gallery: Gallery) -> None:
         body = records.gallery_dict(gallery)
-        del body["created_at_ms"]
+        for settled_by_the_service in ("created_at_ms", "evidence"):
+            del body[settled_by_the_service]
         await self._post("/v1/galleries", body)
 
     async def create_deployment(self, deployment: Deployment) -> None:

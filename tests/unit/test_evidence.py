@@ -251,7 +251,7 @@ def test_what_is_published_of_a_deployment_says_what_each_threshold_rested_on() 
         entry(2, EntryKind.GALLERY_CREATED, "g", records.encode_gallery(held)),
         entry(3, EntryKind.THRESHOLD_CHANGED, "g", records.encode_threshold_change(change, held.threshold)),
     ]
-    report = deployment_report.build(Deployment("d", ("g",), 0, 1, 1, "a", "r"), entries, {}, 0)
+    report = deployment_report.build(Deployment("d", ("g",), 0, 1, 1, "a", "r"), entries, {}, 0, {})
     thresholds = report["galleries"][0]["thresholds"]
     assert [one["evidence"] for one in thresholds] == [
         records.evidence_dict(held.evidence),

@@ -137,7 +137,8 @@ async def test_law_10_what_was_erased_is_gone_from_database_and_write_ahead_log(
             assert await log.erase(0) == len(present)
         remnants = [piece for number in gone for piece in pieces(before[sequence_of[number]])]
         assert found(tmp_path, remnants) == []
-        assert (tmp_path / "gallery.db-wal").stat().st_size == 0
+        # Cut to nothing; what stands in it came after, and says so: the page of the receipt.
+        assert (tmp_path / "gallery.db-wal").stat().st_size < 4 * 8192
         left = sealed_blobs(tmp_path)
         assert left == {sequence_of[number]: before[sequence_of[number]] for number in order}
         for blob in left.values():
