@@ -61,7 +61,7 @@ test: $(VENV)/.dev  ## lint, types and the default tests
 	@$(MAKE) --no-print-directory test-gpu-interpreted
 
 test-cluster: $(VENV)/.cluster  ## the tests on a real Triton server, which is set up in .venv-triton
-	@$(BIN)/python -m pytest -m cluster tests/contract tests/cluster
+	@$(BIN)/python -m pytest -m 'cluster and not slow' tests/contract tests/cluster
 
 cluster-demo: $(VENV)/.cluster  ## a cluster loses a server: what changes and what does not; needs PostgreSQL 15 or newer
 	@$(BIN)/python -m benchmarks.cluster_demo
@@ -86,8 +86,9 @@ test-gpu: $(GPU_SITE)/.ready  ## the same tests on this machine's GPU, at sizes 
 bench-gpu: $(GPU_SITE)/.ready  ## the GPU scanner beside its rivals, and the ceilings of this machine's GPU
 	@$(WITH_TORCH) -m benchmarks.gpu
 
-test-long: $(VENV)/.dev  ## the long forms: crash loops, state machines
-	@$(BIN)/python -m pytest -m slow
+test-long: $(VENV)/.dev $(VENV)/.cluster  ## the long forms: crash loops, state machines, mutations, upgrades and supervision of a cluster
+	@$(BIN)/python -m pytest -m 'slow and not cluster'
+	@$(BIN)/python -m pytest -m 'slow and cluster' tests/cluster
 
 test-ops: $(VENV)/.ops $(VENV)/.cluster  ## rules, fault drills, dashboards, manifests, image; needs prometheus, skips what is missing
 	@$(BIN)/python -m pytest -n $(CORES) --dist worksteal tests/ops

@@ -365,6 +365,7 @@ async def test_the_loss_of_a_server_is_said_and_costs_only_what_it_alone_held(
         assert [found(answer) for answer in after] == ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["the process of its shard is killed", "it stands still for good"])
 async def test_a_supervised_server_comes_back_without_hands_and_nothing_wrong_is_said_meanwhile(
     cluster: Farm, tmp_path: Path, loss: str

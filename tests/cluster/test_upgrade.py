@@ -136,6 +136,7 @@ async def watched(one: WholeService, name: str, ids: list[str], rows: np.ndarray
         await asyncio.gather(watching, return_exceptions=True)
 
 
+@pytest.mark.slow
 async def test_every_reply_is_complete_while_one_replica_of_each_shard_after_the_other_is_replaced(
     cluster: Farm, tmp_path: Path
 ) -> None:
@@ -187,6 +188,7 @@ async def test_a_shard_whose_log_cannot_be_reached_is_not_ready_though_its_serve
 # --- gateways -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 async def test_gateways_are_replaced_one_by_one_and_every_probe_gets_its_complete_answer(
     cluster: Farm, tmp_path: Path
 ) -> None:
