@@ -29,8 +29,8 @@ LEVELS = ("Availability", "Completeness", "Latency")
 BURNS = {f"Matcher{level}{speed}" for level in LEVELS for speed in ("Burns", "BurnsFast")}
 # How quick and how full the machine is on which a drill runs is nobody's fault.
 OF_THE_MACHINE = {"MatcherLatencyBurns", "MatcherLatencyBurnsFast", "MatcherDiskFull", "MatcherDiskNearlyFull"}
-# What follows from a cause is silent while the cause is told. In quickened time a scrape or two are all there is between
-# the two, so it may be told for a moment; in real time it must not.
+# What follows from a cause is silent while the cause is told. In quickened time only a scrape or two lie between them,
+# so it may be told for a moment; in real time it must not.
 FOLLOWS = {"MatcherNotReady", *(f"Matcher{level}Burns" for level in LEVELS)} if PACE > 1 else set()
 # What waits, and never fires, when a busy machine answers one scrape too late.
 MISSED_SCRAPES = {"MatcherDown", "MatcherAbsent"}
