@@ -32,7 +32,7 @@ _LOOK_PAIRS_MIN = 50_000  # rows times probes from which on the look pays
 
 _PASS_NS = 0.34  # of a pass, per row, beside its tables
 _TABLE_NS = 0.0147  # per row and table
-_TAKEN_NS = 0.7  # per row taken and dimension: mostly the time in which memory answers, with two that ask it
+_TAKEN_NS = 1.2  # per row taken and dimension: mostly the time in which memory answers, with two that ask it
 _START_NS = 120_000  # that a filter takes to begin, however few its rows
 _FEW_NS = 0.11  # of a full scan of few probes, per row, dimension and probe
 _CONVERT_NS = 0.45  # of a full scan of many, per row and dimension, whatever the number of probes
