@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from matcher_service.errors import DataDamaged
 from matcher_service.index import certificate, choose
 from matcher_service.index.codes import Codes, CodesBuilder, blocks_for, packed_size
-from matcher_service.index.flat import FlatScanner, Found, best_of_some, gather, side_by_side
+from matcher_service.index.flat import FlatScanner, Found, gather, side_by_side
 from matcher_service.index.products import Products
 from matcher_service.index.refined import Refined
 from matcher_service.index.rotation import Rotation, draw_rotation
@@ -142,7 +142,7 @@ class FastScanScanner:
         probe_norms = norms(probes)
         if not self._costs.plan(probes, probe_norms, floors, certificate.usable(floors, probe_norms)).any():
             # The scan to come will be in full: its floor hardly matters.
-            return gather([best_of_some(self._stored, probes, wanted)], none)
+            return self._whole.guess(probes, wanted)
         block = min(self._codes)
         refined, parts = self._refined[block], range(0, self._codes[block].parts, _GUESS_PARTS)
         # Where several parts are gone through, each gives more than its share; where one is, it is asked for more.

@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from matcher_service.index.guessing import guess_rows
 from matcher_service.index.products import Products
 from matcher_service.index.scanner import Hits, Tally
 from matcher_service.index.score import float32_margin, norms, not_below, pair_scores, widen
@@ -16,11 +17,9 @@ from matcher_service.terms import Float32, Int64
 
 _BLOCK_ROWS = 1024  # rows of one product: 2 MiB at 512 dimensions, so that they stay in the cache
 _WIDEN_ROWS = 256  # rows turned to float32 at once: they stay in the cache meanwhile
-_GUESS_ROWS_MIN = 8  # a guess goes through at least so many rows for each one wanted
-_GUESS_WEIGHT = 3.0  # of the rows that a guess goes through: see `guess_rows`
 _PROBES_MAX = 1024
 _FEW_PROBES = 8  # up to here BLAS gains nothing over one product after another
-_FEW_HITS = 32  # rows that a probe may reach in a run of rows before all of these are gone through once more
+_FEW_HITS = 128  # rows that a probe may reach in a run of rows before all of these are gone through once more
 _THREAD_ROWS = 16_384
 
 Result = TypeVar("Result")
@@ -168,15 +167,6 @@ def _widened(block: NDArray[np.float16], wide: Float32) -> Float32:
         here = slice(start, min(start + _WIDEN_ROWS, len(block)))
         widen(block[here], wide[here])
     return wide[: len(block)]
-
-
-def guess_rows(rows: int, count: int) -> int:
-    """How many of `rows` rows a guess of the best `count` goes through.
-
-    The floor that it gives lets rows / guessed times as many rows through as are wanted, each of which costs about as
-    much to score as 36 products of a full scan: the sum is least at a multiple of the root of rows * count.
-    """
-    return min(rows, max(_GUESS_ROWS_MIN * count, int(_GUESS_WEIGHT * (rows * count) ** 0.5)))
 
 
 def best_of_some(stored: NDArray[np.float16], probes: Float32, count: int) -> Found:

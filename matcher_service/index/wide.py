@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from matcher_service.index.guessing import guess_rows
 from matcher_service.index.scanner import Hits, Tally
 from matcher_service.index.score import float32_margin, norms, not_below, pair_scores
 from matcher_service.terms import Float32, Int64
@@ -42,13 +43,15 @@ class WideScanner:
         return self._exact(probes, floors, _joined(which), _joined(rows))
 
     def guess(self, probes: Float32, count: int) -> Hits:
+        """The best of the first rows: every so many of them would be copied."""
         wanted = min(count, self.rows)
+        wide = self._wide[: guess_rows(self.rows, wanted)]
         which: list[Int64] = []
         rows: list[Int64] = []
         for start in range(0, len(probes), self._at_once()):
             some = probes[start : start + self._at_once()]
             if wanted:
-                best = np.argpartition(some @ self._wide.T, self.rows - wanted, axis=1)[:, self.rows - wanted :]
+                best = np.argpartition(some @ wide.T, len(wide) - wanted, axis=1)[:, len(wide) - wanted :]
                 which.append(np.repeat(np.arange(start, start + len(some)), wanted))
                 rows.append(best.ravel())
         return self._exact(probes, np.full(len(probes), -np.inf, np.float32), _joined(which), _joined(rows))
