@@ -316,7 +316,7 @@ def _threshold(scanners: GpuScanners, mine: list[GpuScanner], probes: Float32) -
 
 def _top(scanners: GpuScanners, mine: list[GpuScanner], probes: Float32) -> list[NDArray[np.int64]]:
     """The best rows of each probe: the floor is that of a guess, then that of the first segment."""
-    guess = mine[0].guess(probes, COUNT)
+    guess = mine[0].guess(probes, COUNT).hits
     floors = np.array([guess.scores[first:last].min() for first, last in pairwise(guess.offsets)], np.float32)
     found = [mine[0].scan(probes, floors)]
     if len(mine) > 1:

@@ -31,7 +31,7 @@ from threadpoolctl import ThreadpoolController
 from benchmarks.galleries import KINDS, REAL_COSINE_MEDIAN, Float16, Float32, Kind, Probes, gallery, probes
 from benchmarks.rivals import FLAT_SETTINGS, Rival, Rows, approximate_rivals, exact_rivals
 from matcher_service.index.fastscan import FastScanScanners, one_thread
-from matcher_service.index.scanner import Scanner
+from matcher_service.index.scanner import Hits, Scanner
 from matcher_service.index.score import pair_scores
 
 COUNT = 10
@@ -107,11 +107,20 @@ class Ours:
         found: list[tuple[NDArray[np.int64], NDArray[np.int64], Float32]] = []
         certified = 0
         for start, scanner in zip(self.starts, self.scanners, strict=True):
-            if threshold is None:
-                floors = np.maximum(floors, self._floors(scanner, vectors, count))
-            hits = scanner.scan(vectors, floors)
-            found.append((np.repeat(np.arange(len(vectors)), np.diff(hits.offsets)), hits.rows + start, hits.scores))
-            certified += int(hits.certified.sum())
+            probes = np.arange(len(vectors))
+            if threshold is None and start == 0:
+                # As the engine does: a guess beyond which nothing reaches its worst is the answer already.
+                hits, beyond = scanner.guess(vectors, count + count // 2 + 4)
+                floors = self._floors(hits, count)
+                of_whole = np.repeat(floors > beyond, np.diff(hits.offsets))
+                found.append(
+                    (np.repeat(probes, np.diff(hits.offsets))[of_whole], hits.rows[of_whole], hits.scores[of_whole])
+                )
+                probes = np.flatnonzero(floors <= beyond)
+            if len(probes):
+                hits = scanner.scan(np.ascontiguousarray(vectors[probes]), floors[probes])
+                found.append((np.repeat(probes, np.diff(hits.offsets)), hits.rows + start, hits.scores))
+                certified += int(hits.certified.sum())
         self.certified = certified / (len(vectors) * len(self.scanners))
         which, rows, scores = (np.concatenate([one[column] for one in found]) for column in range(3))
         order = np.lexsort((rows, -scores, which))
@@ -122,13 +131,12 @@ class Ours:
         return Truth([rows[one] for one in cut], [scores[one] for one in cut])
 
     @staticmethod
-    def _floors(scanner: Scanner, vectors: Float32, count: int) -> Float32:
+    def _floors(hits: Hits, count: int) -> Float32:
         """The score of the count-th best row guessed: no row below it can be among the best."""
-        guess = scanner.guess(vectors, 4 * count)
         return np.array(
             [
-                np.sort(guess.scores[first:last])[-count] if last - first >= count else -np.inf
-                for first, last in pairwise(guess.offsets)
+                np.sort(hits.scores[first:last])[-count] if last - first >= count else -np.inf
+                for first, last in pairwise(hits.offsets)
             ],
             np.float32,
         )

@@ -37,7 +37,8 @@ _START_NS = 120_000  # that a filter takes to begin, however few its rows
 _FEW_NS = 0.11  # of a full scan of few probes, per row, dimension and probe
 _CONVERT_NS = 0.45  # of a full scan of many, per row and dimension, whatever the number of probes
 _PRODUCT_NS = 0.028  # and per row, dimension and probe
-_WIDE_NS = 0.3  # of a full scan of rows that are float32 already, per row and dimension, beside the products
+_WIDE_NS = 0.12  # of a full scan of rows that are float32 already, per row and dimension, beside the products
+_GUESS_NS = 600_000  # of a guess by codes, per probe, beside half a pass: after it comes a scan, after a full one none
 
 
 class Rate(NamedTuple):
@@ -133,15 +134,23 @@ class Costs:
             return self._dimension * (_WIDE_NS / max(1, batch) + _PRODUCT_NS)
         return self._dimension * min(_FEW_NS, _CONVERT_NS / max(1, batch) + _PRODUCT_NS)
 
-    def plan(self, probes: Float32, probe_norms: Float64, floors: Float32, usable: NDArray[np.bool_]) -> Int64:
-        """For each probe the block of the cheapest codes, or 0 for a full scan; int64 [n]."""
+    def plan(
+        self,
+        probes: Float32,
+        probe_norms: Float64,
+        floors: Float32,
+        usable: NDArray[np.bool_],
+        guessed: bool = False,
+    ) -> Int64:
+        """For each probe the block of the cheapest codes, or 0 for a full scan; int64 [n]. `guessed`: with codes the
+        floor has to be guessed first."""
         if not usable.all():
             plans = np.zeros(len(probes), np.int64)
-            plans[usable] = self._plan(probes[usable], probe_norms[usable], floors[usable])
+            plans[usable] = self._plan(probes[usable], probe_norms[usable], floors[usable], guessed)
             return plans
-        return self._plan(probes, probe_norms, floors)
+        return self._plan(probes, probe_norms, floors, guessed)
 
-    def _plan(self, probes: Float32, probe_norms: Float64, floors: Float32) -> Int64:
+    def _plan(self, probes: Float32, probe_norms: Float64, floors: Float32, guessed: bool) -> Int64:
         batch = len(probes)
         if len(self._blocks) == 1 or not batch:
             return np.zeros(batch, np.int64)
@@ -149,6 +158,8 @@ class Costs:
         looks = batch * self._rows >= _LOOK_PAIRS_MIN
         share = self._seen(probes, probe_norms, steps) if looks else self._usual[:, steps]
         coded = self._pass[:, None] + self._taken_ns * share
+        if guessed:
+            coded += self._pass[-1] / 2 + _GUESS_NS / max(1, self._rows)
         cheapest = coded.argmin(axis=0)
         best = coded[cheapest, np.arange(batch)] + _START_NS / max(1, self._rows * batch)
         by_codes = best < self.whole(batch)

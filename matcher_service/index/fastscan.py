@@ -26,9 +26,8 @@ from matcher_service.index.flat import FlatScanner, Found, gather, side_by_side
 from matcher_service.index.products import Products
 from matcher_service.index.refined import Refined
 from matcher_service.index.rotation import Rotation, draw_rotation
-from matcher_service.index.scanner import Hits, Scanner, Tally
+from matcher_service.index.scanner import Guess, Hits, Scanner, Tally, unsure
 from matcher_service.index.score import float32_margin, norms, not_below, pair_scores, widen
-from matcher_service.index.wide import WideScanner
 from matcher_service.terms import Float32, Float64, Int64
 
 FORMAT = 1
@@ -37,8 +36,9 @@ _ODD_NORM = 1e-3  # a stored row whose norm is off one by more is re-scored alwa
 _ENCODE_ROWS = 8192
 _SLICE_PROBES = 32  # times a part's rows, and 48 bytes each, bounds what one range search can hold
 _TASKS = 8  # of a scan, at least, where there are so many parts
-_ALONE_PAIRS = 100_000  # up to so many rows times probes one thread is done before a second has begun
+_ALONE_PAIRS = 25_000  # up to so many rows times probes one thread is done before a second has begun
 _GUESS_PARTS = 2  # a guess goes through one part in so many
+_GUESS_FOLD = 3  # and asks for so many times the rows that are wanted
 _WIDE_VALUES_MAX = 1 << 23  # templates of so many values are held as float32 too: 32 MiB
 _CUT_MIN = 1e-3  # the least cut-off that probes are divided by
 _NONE: Int64 = np.empty(0, np.int64)
@@ -48,8 +48,8 @@ class FastScanScanner:
     """An exact scanner over `stored`, float16 [n, d] in C order, kept and not copied.
 
     Build it with `build_fastscan`, or from a saved `state`. `executor` runs the parts of a scan side by side
-    (None: in the caller's thread); each of its threads must have called `one_thread`. `whole` does the full
-    scans (None: a FlatScanner; else one for which float16 need not be turned into float32).
+    (None: in the caller's thread); each of its threads must have called `one_thread`. `wide` float32
+    [n, d] equals `stored`, for full scans (None: these turn rows into float32 as needed).
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class FastScanScanner:
         stored: NDArray[np.float16],
         state: Mapping[str, NDArray[Any]],
         executor: Executor | None = None,
-        whole: Scanner | None = None,
+        wide: Float32 | None = None,
     ) -> None:
         self.rows, self._dimension = int(stored.shape[0]), int(stored.shape[1])
         self._stored = stored
@@ -76,7 +76,7 @@ class FastScanScanner:
         products = Products(stored)
         self._refined = {block: Refined(codes, products) for block, codes in self._codes.items()}
         self._executor = executor
-        self._whole = whole or FlatScanner(stored, executor, self._norm_max)
+        self._whole = FlatScanner(stored, executor, self._norm_max, wide)
         self._listed: Float32 = stored[self._always].astype(np.float32)
         self._costs = choose.Costs(
             self.rows,
@@ -84,7 +84,7 @@ class FastScanScanner:
             np.asarray(state["cosines"], np.float64),
             {block: choose.Rate(codes.tables, *codes.typical[:2]) for block, codes in self._codes.items()},
             choose.looked_at(stored),
-            whole is not None,
+            wide is not None,
         )
 
     def state(self) -> dict[str, NDArray[Any]]:
@@ -132,17 +132,31 @@ class FastScanScanner:
             hits.append(Found(np.repeat(whole, np.diff(flat.offsets)), flat.rows, flat.scores))
         return gather(hits, certified)
 
-    def guess(self, probes: Float32, count: int) -> Hits:
-        """Of every so many parts the best by the estimates of the finest codes, then by product."""
-        none = np.zeros(len(probes), np.bool_)
+    def guess(self, probes: Float32, count: int) -> Guess:
+        """Of probes for which codes will pay, the best by the estimates of the finest in every so many parts, then by
+        product; of the others the best of all rows."""
         wanted = min(count, self.rows)
         if wanted <= 0 or not len(probes) or not self._codes:
             return self._whole.guess(probes, count)
         floors = np.full(len(probes), self._costs.floor_of_best(wanted), np.float32)
         probe_norms = norms(probes)
-        if not self._costs.plan(probes, probe_norms, floors, certificate.usable(floors, probe_norms)).any():
-            # The scan to come will be in full: its floor hardly matters.
-            return self._whole.guess(probes, wanted)
+        coded = self._costs.plan(probes, probe_norms, floors, certificate.usable(floors, probe_norms), True) > 0
+        if coded.all():
+            return unsure(gather([self._likely(probes, wanted)], np.zeros(len(probes), np.bool_)))
+        if not coded.any():
+            return self._whole.guess(probes, count)
+        mine, others = np.flatnonzero(coded), np.flatnonzero(~coded)
+        likely = self._likely(np.ascontiguousarray(probes[mine]), wanted)
+        whole = self._whole.guess(np.ascontiguousarray(probes[others]), count)
+        limits = np.full(len(probes), np.inf, np.float32)
+        limits[others] = whole.beyond
+        found = Found(np.repeat(others, np.diff(whole.hits.offsets)), whole.hits.rows, whole.hits.scores)
+        hits = gather([likely._replace(probes=mine[likely.probes]), found], np.zeros(len(probes), np.bool_))
+        return Guess(hits, limits)
+
+    def _likely(self, probes: Float32, count: int) -> Found:
+        """Rows that may be among the `count` best: more than these, since estimates err."""
+        wanted = min(_GUESS_FOLD * count, self.rows)
         block = min(self._codes)
         refined, parts = self._refined[block], range(0, self._codes[block].parts, _GUESS_PARTS)
         # Where several parts are gone through, each gives more than its share; where one is, it is asked for more.
@@ -169,7 +183,7 @@ class FastScanScanner:
         likely = np.take_along_axis(rows, chosen, axis=1)
         real = likely >= 0
         which, row = np.repeat(np.arange(len(probes)), real.sum(axis=1)), likely[real]
-        return gather([Found(which, row, pair_scores(self._stored, row, probes, which))], none)
+        return Found(which, row, pair_scores(self._stored, row, probes, which))
 
     def _filter(
         self, block: int, probes: Float32, floors: Float32, probe_norms: Float64
@@ -268,22 +282,22 @@ class FastScanScanners:
 
     def build(self, stored: NDArray[np.float16]) -> Scanner:
         if not choose.worth_codes(*stored.shape):
-            return self._full(stored) or FlatScanner(stored, self._executor)
-        return build_fastscan(stored, executor=self._executor, whole=self._full(stored))
+            return FlatScanner(stored, self._executor, wide=self._wide(stored))
+        return build_fastscan(stored, executor=self._executor, wide=self._wide(stored))
 
     def arrays(self, scanner: Scanner) -> Mapping[str, NDArray[Any]]:
         return scanner.state() if isinstance(scanner, FastScanScanner) else {}
 
     def load(self, stored: NDArray[np.float16], arrays: Mapping[str, NDArray[Any]]) -> Scanner:
         if not arrays:
-            return self._full(stored) or FlatScanner(stored, self._executor)
+            return FlatScanner(stored, self._executor, wide=self._wide(stored))
         check(stored, arrays)
-        return FastScanScanner(stored, arrays, self._executor, self._full(stored))
+        return FastScanScanner(stored, arrays, self._executor, self._wide(stored))
 
     @staticmethod
-    def _full(stored: NDArray[np.float16]) -> Scanner | None:
-        """The full scans of a small segment keep its rows as float32 too."""
-        return WideScanner(stored, stored.astype(np.float32)) if stored.size <= _WIDE_VALUES_MAX else None
+    def _wide(stored: NDArray[np.float16]) -> Float32 | None:
+        """The rows of a small segment as float32, for its full scans."""
+        return stored.astype(np.float32) if stored.size <= _WIDE_VALUES_MAX else None
 
     def close(self) -> None:
         if self._executor is not None:
@@ -332,7 +346,7 @@ def build_fastscan(
     blocks: tuple[int, ...] | None = None,
     executor: Executor | None = None,
     entropy: int | None = None,
-    whole: Scanner | None = None,
+    wide: Float32 | None = None,
 ) -> FastScanScanner:
     """A scanner over `stored`, float16 [n, d] in C order, with a rotation of its own.
 
@@ -369,7 +383,7 @@ def build_fastscan(
     }
     for block, builder in builders.items():
         state |= {f"{block}/{name}": value for name, value in builder.finish(always).items()}
-    return FastScanScanner(stored, state, executor, whole)
+    return FastScanScanner(stored, state, executor, wide)
 
 
 def _best(refined: Refined, part: int, pairs: Float32, count: int) -> Callable[[], tuple[Float32, Int64]]:

@@ -1,26 +1,34 @@
-"""The full scan: a float32 product of every row finds what could reach the floor, exact scores decide."""
+"""The full scan: a float32 product of every row finds what could reach the floor, exact scores decide.
+
+To turn float16 into float32 costs more than the product with a few probes. For the open tail and for small segments
+the rows are therefore also held as float32, which takes three times the memory.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
+from functools import cached_property
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from matcher_service.index.guessing import guess_rows
+from matcher_service.index.best import Best, beyond
 from matcher_service.index.products import Products
-from matcher_service.index.scanner import Hits, Tally
+from matcher_service.index.scanner import Guess, Hits, Tally
 from matcher_service.index.score import float32_margin, norms, not_below, pair_scores, widen
 from matcher_service.terms import Float32, Int64
 
 _BLOCK_ROWS = 1024  # rows of one product: 2 MiB at 512 dimensions, so that they stay in the cache
 _WIDEN_ROWS = 256  # rows turned to float32 at once: they stay in the cache meanwhile
 _PROBES_MAX = 1024
-_FEW_PROBES = 8  # up to here BLAS gains nothing over one product after another
+_FEW_PROBES = 4  # up to here one product after another costs less than to turn rows into float32
 _FEW_HITS = 128  # rows that a probe may reach in a run of rows before all of these are gone through once more
-_THREAD_ROWS = 16_384
+_RUN_ROWS_MAX = 16_384
+_ROWS_FIRST_PROBES = 32  # up to here BLAS is faster at rows times probes than at probes times rows
+_PRODUCTS_AT_ONCE = 1 << 19  # 2 MiB, so that they stay in the cache; to look at fewer costs as much
+_ALONE_PAIRS = 5_000  # up to so many rows times probes one thread is done before a second has begun
 
 Result = TypeVar("Result")
 
@@ -62,103 +70,136 @@ def gather(found: list[Found], certified: NDArray[np.bool_]) -> Hits:
 class FlatScanner:
     """Scans every stored row for every probe. `stored` float16 [n, d], C order, finite, is kept, not copied;
     `executor` shares the rows among its threads where that helps; `norm_max` bounds their norms (None: it is
-    computed)."""
+    computed); `wide` float32 [n, d] equals `stored` and is kept too (None: rows are turned into float32 as needed)."""
 
     def __init__(
-        self, stored: NDArray[np.float16], executor: Executor | None = None, norm_max: float | None = None
+        self,
+        stored: NDArray[np.float16],
+        executor: Executor | None = None,
+        norm_max: float | None = None,
+        wide: Float32 | None = None,
     ) -> None:
         self.rows = int(stored.shape[0])
         self._stored = stored
+        self._wide = wide
         self._norm_max = float(norms(stored).max(initial=0.0)) if norm_max is None else norm_max
         self._executor = executor
-        self._products = [Products(stored[start : start + _THREAD_ROWS]) for start in range(0, self.rows, _THREAD_ROWS)]
+        half = -(-self.rows // (2 * _BLOCK_ROWS)) * _BLOCK_ROWS
+        self._starts = range(0, self.rows, max(1, min(_RUN_ROWS_MAX, half)))
+        self._few_probes = _FEW_PROBES if wide is None else 0
 
     def scan(self, probes: Float32, floors: Float32) -> Hits:
-        found = scan_flat(self._stored, self._products, self._norm_max, probes, floors, self._executor)
-        return gather([found], np.zeros(len(probes), np.bool_))
+        return gather([self._scan(probes, floors)], np.zeros(len(probes), np.bool_))
 
-    def guess(self, probes: Float32, count: int) -> Hits:
-        """The best of some rows: the scan to come goes through all of them whatever its floor."""
-        return gather([best_of_some(self._stored, probes, count)], np.zeros(len(probes), np.bool_))
+    def guess(self, probes: Float32, count: int) -> Guess:
+        """The best of all rows: a scan would go through all of them too."""
+        best, wanted = Best(len(probes), min(count, self.rows)), min(count, self.rows)
+        if wanted > 0 and len(probes):
+            few = len(probes) <= self._few_probes and wanted <= _FEW_HITS
+            self._run([_best_task(self, best, start, few, probes, wanted) for start in self._starts], len(probes))
+        picked = best.picked()
+        scores = pair_scores(self._stored, picked.rows, probes, picked.probes)
+        hits = gather([Found(picked.probes, picked.rows, scores)], np.zeros(len(probes), np.bool_))
+        return Guess(hits, beyond(picked.cuts, probes, self._norm_max))
 
     def bytes_in_memory(self) -> int:
-        return int(self._stored.nbytes)
+        return int(self._stored.nbytes + (0 if self._wide is None else self._wide.nbytes))
+
+    def run_of(self, start: int) -> slice:
+        """The rows of the run that begins with `start`."""
+        return slice(start, min(start + self._starts.step, self.rows))
+
+    @cached_property
+    def products(self) -> list[Products]:
+        """Of each run."""
+        return [Products(self._stored[self.run_of(start)]) for start in self._starts]
+
+    def best_of_run(self, start: int, probes: Float32, count: int) -> tuple[Float32, Int64]:
+        """The largest products of a run and their rows, [n, at most count], best first; -1 for none."""
+        run = self.run_of(start)
+        found, rows = self.products[start // self._starts.step].best(probes, min(count, run.stop - start))
+        return found, np.where(rows >= 0, rows + start, rows)
+
+    def blocks_of_run(self, start: int, probes: Float32) -> Iterator[tuple[int, Float32]]:
+        """The products of a run, float32 [n, m], some rows after the others, with the first of them. To be used before
+        the next are asked for."""
+        run = self.run_of(start)
+        room = np.empty((min(_BLOCK_ROWS, run.stop - start) if self._wide is None else 0, probes.shape[1]), np.float32)
+        at_once = max(1, _PRODUCTS_AT_ONCE // (_BLOCK_ROWS * len(probes))) * _BLOCK_ROWS
+        held = np.empty((len(probes), min(at_once, run.stop - start)), np.float32)
+        for first in range(start, run.stop, at_once):
+            last = min(first + at_once, run.stop)
+            for begin in range(first, last, _BLOCK_ROWS):
+                here = slice(begin, min(begin + _BLOCK_ROWS, last))
+                rows = _widened(self._stored[here], room) if self._wide is None else self._wide[here]
+                products = held[:, here.start - first : here.stop - first]
+                if len(probes) <= _ROWS_FIRST_PROBES:
+                    products[:] = (rows @ probes.T).T
+                else:
+                    products[:] = probes @ rows.T
+            yield first, held[:, : last - first]
+
+    def _scan(self, probes: Float32, floors: Float32) -> Found:
+        if not len(probes) or not self.rows:
+            return NOTHING
+        probe_norms = norms(probes)
+        margin = float32_margin(self._stored.shape[1], self._norm_max, probe_norms)
+        cuts = (floors.astype(np.float64) - margin).astype(np.float32)
+        # No product of such a probe overflows, and hardly any row reaches its floor.
+        few = len(probes) <= self._few_probes and bool(((cuts > 0) & (probe_norms < 1e6)).all())
+        near: list[tuple[Int64, Int64]] = []
+        tally = Tally(len(probes))
+        for first in range(0, len(probes), _PROBES_MAX):
+            some = slice(first, first + _PROBES_MAX)
+            tasks = [_near_task(self, start, few, probes[some], cuts[some], tally) for start in self._starts]
+            near.extend((which + first, rows) for which, rows in self._run(tasks, len(probes[some])))
+        which = np.concatenate([one[0] for one in near])
+        rows = np.concatenate([one[1] for one in near])
+        scores = pair_scores(self._stored, rows, probes, which)
+        # A score that is not a number reaches no floor, not even -inf.
+        reached = scores >= floors[which]
+        return Found(which[reached], rows[reached], scores[reached])
+
+    def _run(self, tasks: list[Callable[[], Result]], probes: int) -> list[Result]:
+        return side_by_side(tasks, self._executor if probes * self.rows > _ALONE_PAIRS else None)
 
 
-def scan_flat(
-    stored: NDArray[np.float16],
-    products: list[Products],
-    norm_max: float,
-    probes: Float32,
-    floors: Float32,
-    executor: Executor | None = None,
-) -> Found:
-    """Every row whose score is >= its probe's floor. Shapes as in `Scanner.scan`; `products` are those of runs of
-    `_THREAD_ROWS` stored rows, `norm_max` bounds the norms of the rows."""
-    if not len(probes) or not len(stored):
-        return NOTHING
-    probe_norms = norms(probes)
-    cuts = (floors.astype(np.float64) - float32_margin(stored.shape[1], norm_max, probe_norms)).astype(np.float32)
-    # No product of such a probe overflows, and hardly any row reaches its floor.
-    few = len(probes) <= _FEW_PROBES and bool(((cuts > 0) & (probe_norms < 1e6)).all())
-    near: list[tuple[Int64, Int64]] = []
-    tally = Tally(len(probes))
-    for start in range(0, len(probes), _PROBES_MAX):
-        some = slice(start, start + _PROBES_MAX)
-        tasks = [
-            _near(
-                stored,
-                products[number] if few else None,
-                number * _THREAD_ROWS,
-                min((number + 1) * _THREAD_ROWS, len(stored)),
-                probes[some],
-                cuts[some],
-                tally,
-            )
-            for number in range(len(products))
-        ]
-        near.extend((which + start, rows) for which, rows in side_by_side(tasks, executor))
-    which = np.concatenate([one[0] for one in near])
-    rows = np.concatenate([one[1] for one in near])
-    scores = pair_scores(stored, rows, probes, which)
-    reached = scores >= floors[which]
-    return Found(which[reached], rows[reached], scores[reached])
-
-
-def _near(
-    stored: NDArray[np.float16],
-    products: Products | None,
-    first: int,
-    last: int,
-    probes: Float32,
-    cuts: Float32,
-    tally: Tally,
+def _near_task(
+    scanner: FlatScanner, start: int, few: bool, probes: Float32, cuts: Float32, tally: Tally
 ) -> Callable[[], tuple[Int64, Int64]]:
-    """Finds, among the rows from `first` to `last`, the pairs whose float32 product is not below its cut."""
+    """Finds, among the rows of a run, the pairs whose float32 product is not below its cut."""
 
     def task() -> tuple[Int64, Int64]:
-        if products is not None:
-            best, row = products.best(probes, min(_FEW_HITS, last - first))
-            if last - first <= _FEW_HITS or not (best[:, -1] >= cuts).any():
-                which, place = np.nonzero(best >= cuts[:, None])
-                return which, row[which, place] + first
-        return _by_blocks(stored, first, last, probes, cuts, tally)
+        if few:
+            best, row = scanner.best_of_run(start, probes, _FEW_HITS)
+            if best.shape[1] < _FEW_HITS or not (best[:, -1] >= cuts).any():
+                which, place = np.nonzero((best >= cuts[:, None]) & (row >= 0))
+                return which, row[which, place]
+        which_of: list[Int64] = []
+        rows_of: list[Int64] = []
+        for first, products in scanner.blocks_of_run(start, probes):
+            probe, row = not_below(products, cuts)
+            tally.add(row.size)
+            which_of.append(probe)
+            rows_of.append(row + first)
+        return np.concatenate(which_of), np.concatenate(rows_of)
 
     return task
 
 
-def _by_blocks(
-    stored: NDArray[np.float16], first: int, last: int, probes: Float32, cuts: Float32, tally: Tally
-) -> tuple[Int64, Int64]:
-    wide = np.empty((min(_BLOCK_ROWS, last - first), stored.shape[1]), np.float32)
-    which: list[Int64] = []
-    rows: list[Int64] = []
-    for start in range(first, last, _BLOCK_ROWS):
-        probe, row = not_below(probes @ _widened(stored[start : min(start + _BLOCK_ROWS, last)], wide).T, cuts)
-        tally.add(row.size)
-        which.append(probe)
-        rows.append(row + start)
-    return np.concatenate(which), np.concatenate(rows)
+def _best_task(
+    scanner: FlatScanner, best: Best, start: int, few: bool, probes: Float32, count: int
+) -> Callable[[], None]:
+    """Shows `best` the products of a run."""
+
+    def task() -> None:
+        if few:
+            best.take(*scanner.best_of_run(start, probes, count))
+            return
+        for first, products in scanner.blocks_of_run(start, probes):
+            best.take(products, first)
+
+    return task
 
 
 def _widened(block: NDArray[np.float16], wide: Float32) -> Float32:
@@ -167,30 +208,3 @@ def _widened(block: NDArray[np.float16], wide: Float32) -> Float32:
         here = slice(start, min(start + _WIDEN_ROWS, len(block)))
         widen(block[here], wide[here])
     return wide[: len(block)]
-
-
-def best_of_some(stored: NDArray[np.float16], probes: Float32, count: int) -> Found:
-    """About the `count` best of every so many rows for each probe, with their scores."""
-    step = max(1, len(stored) // max(1, guess_rows(len(stored), count)))
-    found = _best_flat(stored[::step], probes, count)
-    return found._replace(rows=found.rows * step)
-
-
-def _best_flat(stored: NDArray[np.float16], probes: Float32, count: int) -> Found:
-    """About the `count` best rows of each probe, with their scores."""
-    wanted = min(count, len(stored))
-    if wanted <= 0 or not len(probes):
-        return NOTHING
-    best = np.empty((len(probes), 0), np.float32)
-    rows = np.empty((len(probes), 0), np.int64)
-    wide = np.empty((min(_BLOCK_ROWS, len(stored)), stored.shape[1]), np.float32)
-    for start in range(0, len(stored), _BLOCK_ROWS):
-        block = stored[start : start + _BLOCK_ROWS]
-        products = probes @ _widened(block, wide).T
-        numbers = np.broadcast_to(np.arange(start, start + len(block)), products.shape)
-        best, rows = np.concatenate([best, products], axis=1), np.concatenate([rows, numbers], axis=1)
-        if best.shape[1] > wanted:
-            chosen = np.argpartition(-best, wanted - 1, axis=1)[:, :wanted]
-            best, rows = np.take_along_axis(best, chosen, 1), np.take_along_axis(rows, chosen, 1)
-    which = np.repeat(np.arange(len(probes)), wanted)
-    return Found(which, rows.ravel(), pair_scores(stored, rows.ravel(), probes, which))

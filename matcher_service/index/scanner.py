@@ -1,7 +1,7 @@
 """What finds the candidates among the stored rows of one segment.
 
 A Scanner is built once over immutable rows and knows nothing of liveness, expiry, subjects or ids: those
-are the engine's. Its `scan` is exact; its `guess` is only a good start.
+are the engine's. Its `scan` is exact; its `guess` is a good start, and says what it may have missed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,14 @@ class Hits(NamedTuple):
     rows: Int64
     scores: Float32
     certified: NDArray[np.bool_]
+
+
+class Guess(NamedTuple):
+    """A good start for a search of the best rows. No row that is not among the hits has a score above `beyond`,
+    float32 [n]: +inf where nothing is known of them."""
+
+    hits: Hits
+    beyond: Float32
 
 
 HITS_MAX = 4_000_000
@@ -55,8 +63,8 @@ class Scanner(Protocol):
         `floors` float32 [n], -inf for all rows. Raises TooManyHits for several probes in a crowd."""
         ...
 
-    def guess(self, probes: Float32, count: int) -> Hits:
-        """About `count` rows per probe that are likely to be its best, with final scores; no promise."""
+    def guess(self, probes: Float32, count: int) -> Guess:
+        """About `count` rows per probe that are likely to be its best, with final scores."""
         ...
 
     def bytes_in_memory(self) -> int: ...
@@ -69,6 +77,11 @@ class Together(Protocol):
     def scan_all(self, scanners: Sequence[Any], probes: Float32, floors: Float32) -> list[Hits]:
         """What each of its scanners would give by itself; `floors` float32 [n, number of scanners]."""
         ...
+
+
+def unsure(hits: Hits) -> Guess:
+    """A guess that may have missed anything."""
+    return Guess(hits, np.full(len(hits.certified), np.inf, np.float32))
 
 
 def together_of(scanner: Scanner) -> Together | None:

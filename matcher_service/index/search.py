@@ -2,8 +2,9 @@
 
 For a thresholded probe each part is scanned once at its floor. A probe whose floor would let many rows
 through is cut as a top-k query: the score of the rank_max-th best subject found so far is a floor that loses
-nothing, so a part's guess gives a first floor and every later part is scanned at the best floor so far. The
-comparison stays >=, so candidates that tie with the last one survive and are cut by the order of ids.
+nothing, so a part's guess gives a first floor and every later part is scanned at the best floor so far. A guess
+outside which nothing reaches that floor is the part's whole answer. The comparison stays >=, so candidates that
+tie with the last one survive and are cut by the order of ids.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from matcher_service.terms import Cause, Float32, Int64, SearchRequest, SearchRe
 _SPREAD = 1.5
 # Expected hits per wanted candidate above which a guess pays for itself.
 _HITS_PER_CANDIDATE = 4
+# Rows that a guess is asked for: some are another's of the same subject, or ended.
+_GUESSED_PER_CANDIDATE = 1.5
+_GUESSED_MORE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,15 +145,16 @@ class _Search:
 
     def _scan(self, part: Part, number: int, sequence: int, floors: Float32, loose: NDArray[np.bool_]) -> None:
         any_loose = bool(loose.any())
+        chunks = [np.arange(len(floors))]
         if any_loose:
-            self._raise_floors(part, number, sequence, floors, loose & ~np.isfinite(self._kth))
+            answered = self._raise_floors(part, number, sequence, floors, loose & ~np.isfinite(self._kth))
+            # Without a floor every row is a hit: few such probes at a time.
+            boundless = loose & ~np.isfinite(self._kth)
+            chunks = [np.flatnonzero(~boundless & ~answered)]
+            at_once = max(1, scanner.HITS_MAX // part.rows)
+            rest = np.flatnonzero(boundless & ~answered)
+            chunks += [rest[start : start + at_once] for start in range(0, len(rest), at_once)]
         floors = np.maximum(floors, self._kth)
-        # Without a floor every row is a hit: few such probes at a time.
-        boundless = loose & ~np.isfinite(self._kth) if any_loose else loose
-        at_once = max(1, scanner.HITS_MAX // part.rows)
-        chunks = [np.flatnonzero(~boundless)] if any_loose else [np.arange(len(floors))]
-        rest = np.flatnonzero(boundless) if any_loose else chunks[0][:0]
-        chunks += [rest[start : start + at_once] for start in range(0, len(rest), at_once)]
         for chosen in chunks:
             if len(chosen):
                 self._scan_some(part, number, sequence, floors, chosen)
@@ -180,7 +185,10 @@ class _Search:
         certified = int(np.count_nonzero(hits.certified))
         self._certified += certified
         self._scanned += len(chosen) - certified
-        table = self._live(part, number, sequence, hits, chosen)
+        self._keep(part, self._live(part, number, sequence, hits, chosen))
+
+    def _keep(self, part: Part, table: _Table) -> None:
+        """Keep what `_live` gave of the part."""
         if len(table.rows):
             self._parts.append(part)
             self._tables.append(table)
@@ -200,24 +208,31 @@ class _Search:
 
     def _raise_floors(
         self, part: Part, number: int, sequence: int, floors: Float32, lacking: NDArray[np.bool_]
-    ) -> None:
+    ) -> NDArray[np.bool_]:
         """Guess until each lacking probe has rank_max subjects, has come below its floor, or the part has no more
-        rows."""
-        count = _HITS_PER_CANDIDATE * int(self._request.rank_max.max())
+        rows. Says of which probes a guess was the whole answer of the part: nothing outside it reaches their floor."""
+        count = int(_GUESSED_PER_CANDIDATE * int(self._request.rank_max.max())) + _GUESSED_MORE
         chosen = np.flatnonzero(lacking)
+        answered = np.zeros(len(floors), np.bool_)
         while len(chosen) and count < part.rows:
             at_once = max(1, scanner.HITS_MAX // count)
             done = np.zeros(len(floors), np.bool_)
             for start in range(0, len(chosen), at_once):
                 some = chosen[start : start + at_once]
-                hits = part.scanner.guess(self._request.probes[some], count)
-                guessed = self._live(part, number, sequence, hits, some)
+                guess = part.scanner.guess(self._request.probes[some], count)
+                guessed = self._live(part, number, sequence, guess.hits, some)
                 # What is below the floor of this gallery is no candidate, though another's floor may be lower.
                 reached = guessed.scores >= floors[guessed.probes]
                 done[guessed.probes[~reached]] = True
-                self._raise_by(_taken(guessed, reached))
-            chosen = chosen[~done[chosen] & ~np.isfinite(self._kth[chosen])]
+                guessed = _taken(guessed, reached)
+                self._raise_by(guessed)
+                whole = np.maximum(floors[some], self._kth[some]) > guess.beyond
+                answered[some[whole]] = True
+                self._scanned += int(np.count_nonzero(whole))
+                self._keep(part, _taken(guessed, answered[guessed.probes]))
+            chosen = chosen[~done[chosen] & ~answered[chosen] & ~np.isfinite(self._kth[chosen])]
             count *= 4
+        return answered
 
     def _raise_by(self, guessed: _Table) -> None:
         tables = [*self._tables, guessed]

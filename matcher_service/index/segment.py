@@ -18,7 +18,6 @@ from matcher_service.index.flat import FlatScanner
 from matcher_service.index.rows import Float16, HashIndex, Names, Narrow, Rows, UInt32, id_hashes, joined
 from matcher_service.index.scanner import Growing, Scanner
 from matcher_service.index.score import norms, widen
-from matcher_service.index.wide import WideScanner
 from matcher_service.terms import Float32, Int64
 
 LIVE = np.iinfo(np.int64).max
@@ -49,7 +48,7 @@ class Part(Protocol):
 
 def lacks_codes(stored: Float16, scanner: Scanner) -> bool:
     """Whether rows are scanned in full that codes would serve faster."""
-    return worth_codes(*stored.shape) and isinstance(scanner, FlatScanner | WideScanner)
+    return worth_codes(*stored.shape) and isinstance(scanner, FlatScanner)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +205,7 @@ class Tail:
         self.died_ms_min = min(self.died_ms_min, at_ms)
 
     def view(self) -> TailView:
-        scanner: Scanner = WideScanner(self.stored[: self.rows], self.wide[: self.rows], self._row_norm_max)
+        scanner: Scanner = FlatScanner(self.stored[: self.rows], None, self._row_norm_max, self.wide[: self.rows])
         if self.growing is not None:
             scanner = self.growing.view(self.stored[: self.rows], scanner)
         return TailView(
@@ -225,7 +224,7 @@ class Tail:
         if self.dead:
             live = np.flatnonzero(self.died_at[: self.rows] == LIVE)
             content, wide = joined([(content, live)]), wide[live]
-        whole = WideScanner(content.stored, wide, self._row_norm_max)
+        whole = FlatScanner(content.stored, None, self._row_norm_max, wide)
         if self.growing is None:
             return Segment(content, whole, coded=not lacks_codes(content.stored, whole))
         return Segment(content, self.growing.frozen(content.stored, whole))

@@ -145,15 +145,15 @@ def test_segments_of_few_rows_are_scanned(make: Make, rows: int) -> None:
     for floor in (0.5, -np.inf):
         floors = np.full(4, floor, np.float32)
         agrees(make(stored).scan(probes, floors), stored, probes, floors)
-    guessed = make(stored).guess(probes, 3)
-    assert guessed.offsets[-1] == 4 * min(3, rows)
+    guessed = make(stored).guess(probes, 3).hits
+    assert guessed.offsets[-1] >= 4 * min(3, rows)
 
 
 def test_an_empty_batch_has_no_hits(make: Make) -> None:
     stored = gallery(8, 2500, 128)
     hits = make(stored).scan(np.empty((0, 128), np.float32), np.empty(0, np.float32))
     assert (hits.offsets.tolist(), hits.rows.size, hits.certified.size) == ([0], 0, 0)
-    assert make(stored).guess(np.empty((0, 128), np.float32), 5).rows.size == 0
+    assert make(stored).guess(np.empty((0, 128), np.float32), 5).hits.rows.size == 0
 
 
 def test_probes_that_are_no_numbers_find_nothing_and_disturb_nobody(make: Make) -> None:
@@ -174,22 +174,23 @@ def test_probes_that_are_no_numbers_find_nothing_and_disturb_nobody(make: Make) 
 def test_a_guess_gives_true_scores_of_as_many_different_rows_as_wanted(make: Make) -> None:
     stored = gallery(10, 8000, 512)
     probes = probes_of(10, stored, 15, 2.0)
-    hits = make(stored).guess(probes, 10)
-    assert np.diff(hits.offsets).tolist() == [10] * 15
+    hits, beyond = make(stored).guess(probes, 10)
+    assert (np.diff(hits.offsets) >= 10).all()
     for number, probe in enumerate(probes):
         mine = slice(hits.offsets[number], hits.offsets[number + 1])
         scores = exact_scores(stored, probe)
-        assert np.unique(hits.rows[mine]).size == 10
+        assert np.unique(hits.rows[mine]).size == hits.rows[mine].size
         assert np.array_equal(hits.scores[mine], scores[hits.rows[mine]])
         # A floor that keeps a few hundred rows at most is what the search needs of it.
         assert np.count_nonzero(scores >= hits.scores[mine].min()) < 400
+        assert np.delete(scores, hits.rows[mine]).max() <= beyond[number]
 
 
 def test_a_guess_by_codes_finds_most_of_the_best() -> None:
     stored = gallery(10, 8000, 512, spread=0.3)
     scanner = build_fastscan(stored)
     probes = probes_of(10, stored, 8, 0.8)
-    hits = scanner.guess(probes, 10)
+    hits = scanner.guess(probes, 10).hits
     for number, probe in enumerate(probes):
         best = np.argsort(-exact_scores(stored, probe))[:10]
         assert np.isin(best, hits.rows[hits.offsets[number] : hits.offsets[number + 1]]).sum() >= 5

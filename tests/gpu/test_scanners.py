@@ -99,7 +99,7 @@ def test_a_device_that_fails_is_said_to_be_lost_its_rows_go_on_on_the_cpu_and_co
             whole = FlatScanner(stored)
             assert tail.view(stored, whole) is whole
         if moment == "guessing":
-            assert np.diff(built[0].guess(probes_of(3, built[0].stored, 2, 1.0), 5).offsets).tolist() == [5, 5]
+            assert np.diff(built[0].guess(probes_of(3, built[0].stored, 2, 1.0), 5).hits.offsets).tolist() == [5, 5]
         answers(scanners, built, certified=False)
     assert {line["device"] for line in logged if line["event"] == "gpu_lost"} == {"fake:0", "fake:1"}
     assert scanners.condition()["fake:0"] == "CUDA error: an illegal memory access was encountered"

@@ -169,7 +169,7 @@ def test_rows_below_the_floor_of_their_gallery_take_no_place_from_those_of_anoth
 
 
 def test_a_batch_without_candidates_costs_no_python_per_probe(seed: int) -> None:
-    """As many calls for 256 probes as for two."""
+    """As many calls for 256 probes as for 64."""
     rng = np.random.default_rng(seed)
     log, engine = LogWriter(), engine_of()
     log.create("g", 32)
@@ -193,8 +193,8 @@ def test_a_batch_without_candidates_costs_no_python_per_probe(seed: int) -> None
         assert not len(result.reference_ids)
         return counted
 
-    calls(2)
-    assert calls(256) == calls(2)
+    calls(64)
+    assert calls(256) == calls(64)
 
 
 # --- views -----------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from matcher_service.errors import StartRefused
 from matcher_service.index.flat import FlatScanner, Found, gather
-from matcher_service.index.scanner import Growing, Hits, Scanner
+from matcher_service.index.scanner import Growing, Guess, Hits, Scanner, unsure
 from matcher_service.index.scanners import Scanners
 from matcher_service.index.score import float32_margin, norms, pair_scores
 from matcher_service.terms import Float32, Float64
@@ -91,16 +91,15 @@ class FaissFlatScanner:
             found.append(Found(np.repeat(rest, np.diff(flat.offsets)), flat.rows, flat.scores))
         return gather(found, served)
 
-    def guess(self, probes: Float32, count: int) -> Hits:
+    def guess(self, probes: Float32, count: int) -> Guess:
         wanted = min(count, self.rows, RESULTS_MAX)
         if wanted <= 0 or wanted < min(count, self.rows) or not len(probes):
             return self._whole.guess(probes, count)
         rows = self._search(np.ascontiguousarray(probes), wanted)[1].ravel()
         which = np.repeat(np.arange(len(probes)), wanted)
         which, rows = which[rows >= 0], rows[rows >= 0]
-        return gather(
-            [Found(which, rows, pair_scores(self._stored, rows, probes, which))], np.zeros(len(probes), np.bool_)
-        )
+        found = Found(which, rows, pair_scores(self._stored, rows, probes, which))
+        return unsure(gather([found], np.zeros(len(probes), np.bool_)))
 
     def bytes_in_memory(self) -> int:
         """On the host."""

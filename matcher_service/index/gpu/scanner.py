@@ -18,9 +18,8 @@ from matcher_service.index.flat import NOTHING, FlatScanner, Found, gather
 from matcher_service.index.gpu.bound import CODE_MAX, code_probes, cut_offs
 from matcher_service.index.gpu.filter import Filter, Pairs
 from matcher_service.index.gpu.slabs import Extent, Placed
-from matcher_service.index.scanner import Hits, Scanner
+from matcher_service.index.scanner import Guess, Hits, Scanner, unsure
 from matcher_service.index.score import norms, pair_scores, widen
-from matcher_service.index.wide import WideScanner
 from matcher_service.terms import Float32, Int64
 
 _GUESS_PRODUCTS_MAX = 1 << 26
@@ -51,10 +50,10 @@ class Place:
         self.filter = filter_
         self.placed = placed
         self.extent = extent
-        self.odd: WideScanner | None = None
+        self.odd: FlatScanner | None = None
         if extent.odd.size:
             rows = stored[extent.odd]
-            self.odd = WideScanner(rows, widen(rows, np.empty(rows.shape, np.float32)))
+            self.odd = FlatScanner(rows, wide=widen(rows, np.empty(rows.shape, np.float32)))
         # |x| is at most |s c| + |e|, and of the odd rows what it is; the factor covers the addition.
         odd_max = float(norms(stored[extent.odd]).max(initial=0.0))
         self.norm_max = max(odd_max, (extent.law.reach + extent.law.error) * (1 + 2.0**-50))
@@ -90,7 +89,7 @@ class GpuScanner:
     def scan(self, probes: Float32, floors: Float32) -> Hits:
         return self.together.scan_all([self], probes, floors[:, None])[0]
 
-    def guess(self, probes: Float32, count: int) -> Hits:
+    def guess(self, probes: Float32, count: int) -> Guess:
         """By the products of codes of the first rows, then by score."""
         place, wanted = self.place, min(count, self.rows)
         if place is None or wanted <= 0 or not len(probes):
@@ -104,7 +103,7 @@ class GpuScanner:
             return self.on_cpu().guess(probes, count)
         which = np.repeat(np.arange(len(probes)), wanted)
         scores = pair_scores(self.stored, rows.ravel(), probes, which)
-        return gather([Found(which, rows.ravel(), scores)], np.zeros(len(probes), np.bool_))
+        return unsure(gather([Found(which, rows.ravel(), scores)], np.zeros(len(probes), np.bool_)))
 
     def end(self, rows: Int64) -> None:
         """Rows that no search will be asked for again: their codes are erased."""

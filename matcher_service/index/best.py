@@ -1,0 +1,92 @@
+"""The largest products of each probe, picked out of blocks of products as these come in.
+
+A block's columns are dealt into groups; the count-th largest of the groups' largest is a cut that at least `count`
+rows reach, and to find it means sorting a sixteenth of the products. Only groups that reach the cut are looked into.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import NamedTuple
+
+import numpy as np
+
+from matcher_service.index.score import float32_margin, norms
+from matcher_service.terms import Float32, Int64
+
+_GROUP = 16
+# A probe longer than this might have products that overflow.
+_NORM_MAX = 1e6
+
+
+class Picked(NamedTuple):
+    """Pairs of a probe and a row, int64 [m] each, in no order: all whose product is at least the probe's cut, float32
+    [n]; so are at least as many as were wanted, or all rows."""
+
+    probes: Int64
+    rows: Int64
+    cuts: Float32
+
+
+class Best:
+    """Picks about `count` largest products of each of `probes` probes, from several threads."""
+
+    def __init__(self, probes: int, count: int) -> None:
+        self._count = count
+        self._top = np.full((probes, count), -np.inf, np.float32)
+        self._cuts = np.full(probes, -np.inf, np.float32)
+        self._taken: list[tuple[Int64, Int64, Float32]] = []
+        self._lock = threading.Lock()
+
+    def take(self, products: Float32, rows: int | Int64) -> None:
+        """Products, float32 [n, m], of all probes: with the rows from `rows` on, or with those that it numbers, int64
+        [n, m], all different for a probe and -1 for none."""
+        step = next(step for step in (_GROUP, 4, 1) if step == 1 or products.shape[1] >= 4 * step * self._count)
+        groups = products.shape[1] // step
+        grouped = groups * step
+        largest = products if step == 1 else products[:, :grouped].reshape(len(products), step, groups).max(axis=1)
+        if grouped < products.shape[1]:
+            largest = np.concatenate([largest, products[:, grouped:]], axis=1)
+        reached = largest >= self._cuts[:, None]
+        some = np.flatnonzero(reached.any(axis=1))
+        if not some.size:
+            return
+        largest = largest[some]
+        cuts = self._raise(some, largest)
+        which, group = np.nonzero(largest >= cuts[:, None])
+        members = np.arange(step)
+        # A column past the groups is one by itself.
+        columns = np.where(
+            group[:, None] < groups, group[:, None] + groups * members, grouped + group[:, None] - groups
+        )
+        values = products[some[which][:, None], columns]
+        near = values >= cuts[which][:, None]
+        near[:, 1:] &= group[:, None] < groups
+        pair, member = np.nonzero(near)
+        probes, places = some[which[pair]], columns[pair, member]
+        numbers = places + rows if isinstance(rows, int) else rows[probes, places]
+        with self._lock:
+            self._taken.append((probes, numbers, values[pair, member]))
+
+    def _raise(self, some: Int64, largest: Float32) -> Float32:
+        """The cuts of some probes, after these products of different rows."""
+        with self._lock:
+            both = np.concatenate([self._top[some], largest], axis=1)
+            top = np.partition(both, both.shape[1] - self._count, axis=1)[:, both.shape[1] - self._count :]
+            self._top[some] = top
+            cuts = top.min(axis=1)
+            self._cuts[some] = cuts
+        return np.asarray(cuts)
+
+    def picked(self) -> Picked:
+        none = np.empty(0, np.int64)
+        which, rows, values = (np.concatenate([one[column] for one in self._taken] or [none]) for column in range(3))
+        kept = (values >= self._cuts[which]) & (rows >= 0)
+        return Picked(which[kept], rows[kept], self._cuts)
+
+
+def beyond(cuts: Float32, probes: Float32, row_norm_max: float) -> Float32:
+    """What no row's score exceeds whose float32 product is below its probe's cut, float32 [n]."""
+    probe_norms = norms(probes)
+    limit = cuts.astype(np.float64) + float32_margin(probes.shape[1], row_norm_max, probe_norms)
+    return np.where(probe_norms < _NORM_MAX, limit, np.inf).astype(np.float32)
