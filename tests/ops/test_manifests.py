@@ -462,6 +462,25 @@ def test_the_sizes_are_those_that_matcher_size_reckons_from_what_was_measured() 
     assert needed.gateway_cores <= quantity(gateway["cpu"]) * one("ScaledObject", NATIONAL)["spec"]["minReplicaCount"]
 
 
+def test_the_pods_that_the_runbook_names_are_those_of_the_overlays() -> None:
+    table = (ROOT / "docs/RUNBOOK.md").read_text().split("## ")[0]
+    rows = dict(re.findall(r"^\| (single-node|national) \| (.*)$", table, re.MULTILINE))
+    assert re.findall(r"`(\w+)/(\w+)`", rows["single-node"]) == [
+        ("statefulset", one("StatefulSet", SINGLE)["metadata"]["name"])
+    ]
+    assert re.findall(r"`(\w+)/(\w+)`", rows["national"]) == [
+        ("deployment", one("Deployment", NATIONAL)["metadata"]["name"])
+    ]
+    pods = [
+        f"{name}-{replica}"
+        for name in SHARDS
+        for replica in range(one("StatefulSet", NATIONAL, name)["spec"]["replicas"])
+    ]
+    assert re.findall(r"`(matcher-shard-[\d-]+)`", rows["national"]) == pods
+    (named,) = re.findall(r"container `(\w+)`", rows["national"])
+    assert {container(one("StatefulSet", NATIONAL, name))["name"] for name in SHARDS} == {named}
+
+
 def test_the_upgrade_that_the_documents_tell_applies_what_each_step_needs_and_the_gateways_last() -> None:
     text = (ROOT / "docs/OPERATIONS.md").read_text().split("## Upgrade")[1].split("\n## ")[0]
     way = re.compile(r"kubectl apply -k OVERLAY(?: -l 'app.kubernetes.io/component in \(([a-z, ]+)\)')?$", re.MULTILINE)
