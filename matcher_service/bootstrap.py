@@ -255,7 +255,7 @@ async def _serving(
     every_s = settings.storage.audit_checkpoint_every_s
     tasks.start("checkpoint", upkeep.checkpoint_when_due(proofs, clock, metrics, every_s))
     tasks.start("keys", upkeep.rotate_keys(rotations, shard, time, clock))
-    tasks.start("receipts", upkeep.complete_receipts(receipts, shard))
+    tasks.start("receipts", upkeep.complete_receipts(receipts, shard, metrics))
     erase_within_s = settings.storage.erase_within_h * 3600
     tasks.start("erase", upkeep.erase_when_due(log, time, clock, metrics, erase_within_s))
     try:

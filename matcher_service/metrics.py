@@ -213,6 +213,12 @@ class Metrics:
             "Unix time at which the log last held no template that was due for erasure; 0: not since the start.",
             registry=registry,
         )
+        self.erasure_unreported = Gauge(
+            "matcher_erasure_unreported_timestamp_seconds",
+            "Unix time of the oldest erasure in the log that some store (database, memory or files of an index) has "
+            "not reported; 0: there is none.",
+            registry=registry,
+        )
         self.erase_within_seconds = Gauge(
             "matcher_erase_within_seconds",
             "Withdrawn and expired templates are erased within this (storage.erase_within_h).",

@@ -18,6 +18,7 @@ from matcher_service.terms import (
     EnrolRows,
     EntryKind,
     ErasureReceipt,
+    ErasureReports,
     ErasureWaiting,
     Float32,
     Float64,
@@ -275,9 +276,9 @@ class ErasureReceipts(Protocol):
         """What is not searched any more, but not erased yet; "" stands for all."""
         ...
 
-    async def report(self, indexes: Mapping[str, int]) -> int:
+    async def report(self, indexes: Mapping[str, int]) -> ErasureReports:
         """Each index there is, by name, with the sequence through which nothing that had ended is left in its memory
-        and files. Completes, with an audit record each, the receipts that all stores have reported for; how many."""
+        and files. Completes, with an audit record each, the receipts that all stores have reported for."""
         ...
 
 

@@ -1006,6 +1006,14 @@ class ErasureWaiting(NamedTuple):
     due_at_ms: int | None
 
 
+class ErasureReports(NamedTuple):
+    """What reports of the stores came to: how many receipts they completed, and when the oldest erasure was made that
+    some store has not reported for (None: there is none)."""
+
+    completed: int
+    oldest_open_ms: int | None
+
+
 @dataclass(frozen=True, slots=True)
 class Grounds:
     """What the references of a message rest on. Columns are empty or parallel to the references, and what a column

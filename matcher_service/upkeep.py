@@ -102,11 +102,12 @@ async def checkpoint_when_due(proofs: AuditProofs, clock: Clock, metrics: Metric
         await asyncio.sleep(every_s)
 
 
-async def complete_receipts(receipts: ErasureReceipts, shard: Erasing) -> None:
+async def complete_receipts(receipts: ErasureReceipts, shard: Erasing, metrics: Metrics) -> None:
     """Have erasures reported by every index, and their receipts completed, until cancelled."""
     while True:
         try:
-            await receipts.report(await shard.told_erased())
+            reports = await receipts.report(await shard.told_erased())
+            metrics.erasure_unreported.set((reports.oldest_open_ms or 0) / 1000)
         except LogUnavailable as error:
             _log.error("receipts_delayed", detail=str(error))
         await asyncio.sleep(RECEIPTS_EVERY_S)

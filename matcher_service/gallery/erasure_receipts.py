@@ -19,7 +19,7 @@ from matcher_service.gallery.held import is_held
 from matcher_service.gallery.log import SqlGalleryLog
 from matcher_service.gallery.schema import IS_ERASED, entry, erasure, erasure_receipt
 from matcher_service.gallery.transaction import SERVICE, WriteTransaction
-from matcher_service.terms import ErasedKind, ErasureReceipt, ErasureWaiting, StoreErasure
+from matcher_service.terms import ErasedKind, ErasureReceipt, ErasureReports, ErasureWaiting, StoreErasure
 
 COMPLETE = "erasure.complete"
 
@@ -67,16 +67,19 @@ class SqlErasureReceipts:
 
         return await self._log.query(query)
 
-    async def report(self, indexes: Mapping[str, int]) -> int:
+    async def report(self, indexes: Mapping[str, int]) -> ErasureReports:
         self._indexes = frozenset(indexes)
-        if not await self._log.query(lambda connection: any(_reported(row, indexes, 0) for row in _open(connection))):
-            return 0
+        still_open = await self._log.query(lambda connection: list(_open(connection)))
+        if not any(_reported(row, indexes, 0) for row in still_open):
+            return ErasureReports(0, _oldest(still_open))
 
-        def store(transaction: WriteTransaction) -> int:
+        def store(transaction: WriteTransaction) -> ErasureReports:
             complete = 0
+            left: list[Any] = []
             for row in _open(transaction.connection).fetchall():
                 told = _reported(row, indexes, transaction.at_ms)
                 if told is None:
+                    left.append(row)
                     continue
                 done = row.wiped_at_ms is not None and (
                     row.kind != ErasedKind.TEMPLATES or indexes.keys() <= told.keys()
@@ -87,7 +90,9 @@ class SqlErasureReceipts:
                     .where(erasure_receipt.c.receipt_id == row.receipt_id)
                     .values(indexes=orjson.dumps(told), complete_at_ms=transaction.at_ms if done else None)
                 )
-                if done:
+                if not done:
+                    left.append(row)
+                else:
                     facts = {
                         "kind": row.kind,
                         "erased": row.erased,
@@ -97,7 +102,7 @@ class SqlErasureReceipts:
                         "backups_until_ms": row.backups_until_ms,
                     }
                     transaction.chain(SERVICE.name, COMPLETE, row.gallery_id, {"receipt": row.receipt_id, **facts})
-            return complete
+            return ErasureReports(complete, _oldest(left))
 
         return await self._log.transact(store)
 
@@ -138,6 +143,10 @@ _OPEN = _ALL.where(erasure_receipt.c.complete_at_ms.is_(None))
 
 def _open(connection: Connection) -> Any:
     return connection.execute(_OPEN)
+
+
+def _oldest(rows: Iterable[Any]) -> int | None:
+    return min((int(row.erased_at_ms) for row in rows), default=None)
 
 
 def _of_gallery(wanted: Select[Any], gallery_id: str) -> Select[Any]:

@@ -64,7 +64,7 @@ def _account() -> str | None:
 
 class ServedPostgres:
     """One server over one cluster, which is made at once and removed by `remove`; a standby of another server, if one
-    is given.
+    is given, or with `return_to` a copy of it that was made now.
 
     `kill`, `stop`, `pause` and `resume` act on the server and all processes of its own; the port stays the same over
     restarts, and databases and their content stay too.
@@ -135,6 +135,40 @@ class ServedPostgres:
                 self.kill()
                 raise ServerDied(f"the server is not ready:\n{self.log_tail()}")
             time.sleep(0.05)
+
+    def archive(self) -> Path:
+        """From now on keep the write-ahead log in the folder that is returned; needs the setting archive_mode=on."""
+        folder = self.folder / "archive"
+        folder.mkdir()
+        if self._account is not None:
+            shutil.chown(folder, self._account)
+        self.ask(f"ALTER SYSTEM SET archive_command = 'cp %p {folder}/%f'")
+        self.ask("SELECT pg_reload_conf()")
+        return folder
+
+    def archive_now(self) -> None:
+        """Return once the archive holds all that was written. Raises ServerDied."""
+        ((last,),) = self.ask("SELECT pg_walfile_name(pg_switch_wal())")
+        until = time.monotonic() + START_S_MAX
+        while (self.ask("SELECT last_archived_wal FROM pg_stat_archiver")[0][0] or "") < last:
+            if time.monotonic() > until:
+                raise ServerDied(f"the write-ahead log is not archived:\n{self.log_tail()}")
+            time.sleep(0.02)
+
+    def return_to(self, moment: str, archive: Path) -> None:
+        """Start as the copy of a server that archives its log, brought to this moment (of the server's own clock), and
+        return once it takes writes. Raises ServerDied."""
+        (self._data / "standby.signal").rename(self._data / "recovery.signal")
+        self.start(
+            f"restore_command=cp {archive}/%f %p",
+            f"recovery_target_time={moment}",
+            "recovery_target_action=promote",
+        )
+        until = time.monotonic() + START_S_MAX
+        while self.ask("SELECT pg_is_in_recovery()")[0][0]:
+            if time.monotonic() > until:
+                raise ServerDied(f"the server is still in recovery:\n{self.log_tail()}")
+            time.sleep(0.02)
 
     def _answers(self) -> bool:
         asked = [self._programs / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(self.port)]

@@ -348,7 +348,7 @@ async def test_a_shards_files_are_sealed_anew_and_rid_of_who_was_withdrawn_and_i
                     await log.erase(SystemClock().wall_ms())
                     await shard.look()
                     retired = retired or await rotations.retire(await shard.told_keys(), SystemClock().wall_ms())
-                    complete += await receipts.report(await shard.told_erased())
+                    complete += (await receipts.report(await shard.told_erased())).completed
                     await asyncio.sleep(0.1)
             assert retired == ["custody"]
             (receipt,) = await receipts.receipts("custody", "s0", 0, 10)

@@ -510,6 +510,46 @@ async def test_law_5_a_synchronous_standby_takes_over_with_all_that_was_acknowle
             audit.verify(await log.audit(0, 99))
 
 
+async def test_a_log_restored_to_a_point_in_time_lacks_what_came_later_and_nobody_withdrawn_comes_back(
+    tmp_path: Path,
+) -> None:
+    """A base backup and the archived write-ahead log, as docs/OPERATIONS.md has it; law 10: the erasure ledger beside
+    the keys is obeyed before anybody can read the log."""
+    with ExitStack() as servers:
+        primary = servers.enter_context(served_postgres("archive_mode=on"))
+        archive = primary.archive()
+        primary.create("log")
+        async with AsyncExitStack() as stack:
+            log = await Gateways(primary.url("log"), tmp_path / "keys", stack).open()
+            await stock(log)
+            await done(log, *(enrol(f"r{number}") for number in range(10)))
+            copied = ServedPostgres(standby_of=primary)
+            servers.callback(copied.remove)
+            await done(log, *(enrol(f"after the copy {number}") for number in range(5)))
+            await done(log, Withdraw("custody", "r1", "before the moment"))
+            expected = await log.read(0, 99)
+            ((moment,),) = primary.ask("SELECT clock_timestamp()::text")
+            await done(log, enrol("too late"), enrol("r2", template=b"87654321", replace=True, idempotency_key=""))
+            await done(log, Withdraw("custody", "r3", "after the moment"))
+        await asyncio.to_thread(primary.archive_now)
+        primary.kill()
+
+        await asyncio.to_thread(copied.return_to, moment, archive)
+        async with AsyncExitStack() as stack:
+            gateways = Gateways(copied.url("log"), tmp_path / "keys", stack)
+            log, reader = await gateways.open(), await gateways.open(read_only=True)
+            restored = await reader.read(0, 99)
+            # r1's template is erased in both; r3 is withdrawn again as the last entry, and its template with it.
+            again = restored[len(expected) :]
+            assert [(one.kind, one.reference_id) for one in again] == [(EntryKind.WITHDRAW, "r3")]
+            assert [one for one in restored if one.reference_id != "r3"] == [
+                one for one in expected if one.reference_id != "r3"
+            ]
+            (receipt,) = await done(log, enrol("from now on"))
+            assert receipt.sequence == again[-1].sequence + 1
+            audit.verify(await log.audit(0, 99))
+
+
 async def test_a_server_that_stands_still_is_given_up_and_found_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -151,19 +151,20 @@ async def test_a_receipt_waits_for_an_index_that_has_not_reported(tmp_path: Path
         assert await erasures.waiting("custody", "") == (0, 0, None)
 
         # One shard reports that it holds nothing of it any more, another one that it holds what ended last.
-        assert await erasures.report({"near:8001": ended.sequence, "far:8001": ended.sequence - 1}) == 0
+        told = await erasures.report({"near:8001": ended.sequence, "far:8001": ended.sequence - 1})
         (receipt,) = await erasures.receipts("custody", "", 0, 10)
+        assert told == (0, receipt.erased_at_ms)
         assert receipt.complete_at_ms is None
         since = {one.store: one.at_ms for one in receipt.stores}
         assert since["segments of near:8001"] is not None
         assert since["segments of far:8001"] is None
         # One that cannot be asked does not count as one that has reported; what was told before stays told.
-        assert await erasures.report({"near:8001": -1, "far:8001": -1}) == 0
-        assert await erasures.report({"near:8001": -1, "far:8001": ended.sequence + 1}) == 1
+        assert await erasures.report({"near:8001": -1, "far:8001": -1}) == (0, receipt.erased_at_ms)
+        assert await erasures.report({"near:8001": -1, "far:8001": ended.sequence + 1}) == (1, None)
         (whole,) = await erasures.receipts("custody", "", 0, 10)
         assert whole.complete_at_ms is not None
         assert {one.store: one.at_ms for one in whole.stores}["segments of near:8001"] == since["segments of near:8001"]
-        assert await erasures.report({"near:8001": ended.sequence, "far:8001": ended.sequence}) == 0
+        assert await erasures.report({"near:8001": ended.sequence, "far:8001": ended.sequence}) == (0, None)
         assert [one["action"] for one in await log.audit(0, 1000)].count("erasure.complete") == 1
     finally:
         await log.close()

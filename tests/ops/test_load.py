@@ -16,8 +16,10 @@ from tests.running_service import WholeService, whole_service
 LOAD_S = 12
 DIMENSION = 32
 
-# What rightly yields nothing here: it has no TLS, no replicas and no GPU, nobody adjudicates, and no station refuses.
+# What rightly yields nothing here: it has no TLS, no replicas and no GPU, nobody adjudicates, no station refuses, and
+# nothing is due for erasure yet.
 NOTHING = (
+    "matcher_erasure_unreported_timestamp_seconds",
     "matcher_certificate_expiry_timestamp_seconds",
     "matcher_replica_",
     "matcher_gpu_",
