@@ -28,6 +28,7 @@ from matcher_service.commands import (
     recorded,
     references,
     serving,
+    shards,
     sizing,
     synthesise,
 )
@@ -61,6 +62,7 @@ references.subjects.command("export")(accountability.export_subject)
 app.add_typer(accountability.holds, name="holds")
 app.add_typer(accountability.erasures, name="erasures")
 app.add_typer(keys.keys, name="keys")
+app.add_typer(shards.shards, name="shards")
 app.add_typer(galleries.galleries, name="galleries")
 app.add_typer(references.references, name="references")
 app.add_typer(references.subjects, name="subjects")

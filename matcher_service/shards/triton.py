@@ -7,6 +7,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from matcher_service.errors import CallerFault, ShardUnavailable
+from matcher_service.partitions import Partitions
 from matcher_service.seams import Clock
 from matcher_service.shards import exchange
 from matcher_service.shards.exchange import ShardAnswer, ShardState
@@ -15,7 +16,8 @@ from matcher_service.triton_endpoints import Asking, ModelRefused, TritonClients
 
 
 class TritonReplica:
-    """`address` is host:port or host:port/model. Implements `scattered.Replica`; the clients stay the caller's."""
+    """`address` is host:port or host:port/model. Implements `scattered.Replica` and `moving.Assignable`; the clients
+    stay the caller's."""
 
     def __init__(self, address: str, clients: TritonClients, clock: Clock) -> None:
         self._address = address
@@ -34,6 +36,11 @@ class TritonReplica:
 
     async def state(self, until: float) -> ShardState:
         found = await self._call(exchange.status_tensors(), until)
+        return exchange.answer_of(found, 0, 0).state
+
+    async def assign(self, partitions: Partitions, until: float) -> ShardState:
+        """As `moving.Assignable` says."""
+        found = await self._call(exchange.status_tensors(partitions), until)
         return exchange.answer_of(found, 0, 0).state
 
     async def _call(self, tensors: exchange.Tensors, until: float) -> list[NDArray[Any]]:

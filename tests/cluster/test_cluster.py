@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 import signal
 import socket
+import subprocess
+import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ from benchmarks import cluster_demo
 from benchmarks.served import service
 from matcher_service.client import MatcherClient, ProbeAnswer, Probes, ReceiptOutcome, References
 from matcher_service.errors import MatcherError
-from matcher_service.partitions import ALL_PARTITIONS, parse, partition_of, share
+from matcher_service.partitions import ALL_PARTITIONS, NO_PARTITIONS, Partitions, parse, partition_of, ranges, share
 from matcher_service.terms import (
     Actor,
     CreateDeployment,
@@ -41,7 +44,10 @@ from matcher_service.terms import (
     SpaceId,
     TemplateSpace,
 )
+from matcher_service.triton_endpoints import Asking
 from tests.cluster.farm import Farm, farm
+from tests.cluster.hosted_shard import asked as shards_of
+from tests.cluster.hosted_shard import fresh, state_of, until_state
 from tests.cluster.served_postgres import ServedPostgres
 from tests.cluster.served_triton import ServedTriton
 from tests.cluster.server_environment import ServerEnvironment
@@ -255,6 +261,83 @@ async def test_a_cluster_answers_as_one_process_does_whatever_it_is_made_of(clus
                     await asyncio.to_thread(cluster.servers[2].kill)
                     for _ in range(3):
                         assert essence(await complete(one.client, "equal-a", probes, min_sequence=head)) == expected
+
+
+async def test_partitions_that_move_change_no_answer_of_a_gateway(cluster: Farm, tmp_path: Path) -> None:
+    """Laws 4 and 5: given to the new owner first, partitions move while probes stream and no answer is another one;
+    taken first, what nobody holds is named until it is held again, and the rest is as it was."""
+    moved, others = share(1, 4), share(1, 2)
+    rows = someone(31, 600)
+    ids = named("moving", len(rows))
+    probes = np.concatenate([rows[:40] + 0.05 * someone(32, 40), someone(33, 8)]).astype(np.float32)
+    shards = [[cluster.replica(0, name)] for name in ("quarter_0", "quarter_1", "half_1")]
+    seen: list[ProbeAnswer] = []
+    async with gateway(cluster, tmp_path, shards) as one, AsyncExitStack() as closing:
+        deployment = await prepared(one, "moving", threshold=0.4)
+        head = await enrolled(one.client, "moving", ids, rows)
+        more = {"min_sequence": head, "rank_max": len(rows)}
+        expected = essence(await complete(one.client, deployment, probes, **more))
+        held_by_moved = [
+            any(partition_of(gallery_id, reference_id) in moved for gallery_id, reference_id, *_ in candidates)
+            for _, _, candidates in expected
+        ]
+        assert True in held_by_moved
+        assert False in held_by_moved
+
+        def check(answers: Sequence[ProbeAnswer]) -> None:
+            for answer, (_, _, candidates) in zip(answers, expected, strict=True):
+                absent = missing(answer)
+                left = [c for c in candidates if partition_of(c[0], c[1]) not in absent]
+                assert essence([answer])[0][2] == left
+                without = Outcome.INCOMPLETE if absent else Outcome.NO_CANDIDATE
+                assert answer.decision.outcome is (Outcome.ALERT if left else without)
+            seen.extend(answers)
+
+        asking = await closing.enter_async_context(shards_of(cluster.servers[0]))
+        # The other tests find the shards as they were made.
+        for name, partitions in (("quarter_1", moved), ("half_1", others)):
+            closing.push_async_callback(assigned, asking, name, partitions, head)
+
+        async def answered_during(work: Coroutine[Any, Any, None]) -> list[ProbeAnswer]:
+            seen.clear()
+            moving = asyncio.create_task(work)
+            try:
+                while not moving.done():
+                    check(await asked(one.client, deployment, probes, **more))
+                await moving
+            finally:
+                moving.cancel()
+            check(await complete(one.client, deployment, probes, **more))
+            return list(seen)
+
+        given_first = await answered_during(commanded(cluster, shards, "move", ranges(moved), "--from=1", "--to=2"))
+        assert sum(not answer.missing for answer in given_first) > len(probes)
+        assert (await state_of(asking, "quarter_1")).partitions == NO_PARTITIONS
+        await commanded(cluster, shards, "list")
+        taken_first = await answered_during(in_order(asking, (("half_1", others), ("quarter_1", moved)), head))
+        assert moved in {missing(answer) for answer in taken_first}
+
+
+async def commanded(made: Farm, shards: Sequence[Sequence[str]], *arguments: str) -> None:
+    """`matcher shards`, as an operator gives it with the settings of a gateway."""
+    command = [sys.executable, "-m", "matcher_service", "shards", *arguments]
+    environment = os.environ | made.environment(shards)
+    done = await asyncio.to_thread(
+        subprocess.run, command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+async def in_order(asking: Asking, steps: Sequence[tuple[str, Partitions]], sequence: int) -> None:
+    for name, partitions in steps:
+        await assigned(asking, name, partitions, sequence)
+
+
+async def assigned(asking: Asking, name: str, partitions: Partitions, sequence: int) -> None:
+    """Until the shard answers for exactly these."""
+    await state_of(asking, name, partitions)
+    await until_state(asking, name, fresh(sequence, partitions))
 
 
 async def supervise(server: ServedTriton) -> None:
