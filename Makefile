@@ -61,7 +61,7 @@ test: $(VENV)/.dev  ## lint, types and the default tests
 	@$(MAKE) --no-print-directory test-gpu-interpreted
 
 test-cluster: $(VENV)/.cluster  ## the tests on a real Triton server, which is set up in .venv-triton
-	@$(BIN)/python -m pytest -m 'cluster and not slow' tests/contract tests/cluster
+	@$(BIN)/python -m pytest -n $(CORES) --dist loadfile -m 'cluster and not slow' tests/contract tests/cluster
 
 cluster-demo: $(VENV)/.cluster  ## a cluster loses a server: what changes and what does not; needs PostgreSQL 15 or newer
 	@$(BIN)/python -m benchmarks.cluster_demo

@@ -52,6 +52,7 @@ def move_partitions(
         3600.0
     ),
     config: Config = None,
+    as_json: AsJson = False,
 ) -> None:
     """Move partitions between two shards, all replicas of each, without an incomplete answer.
 
@@ -60,7 +61,7 @@ def move_partitions(
     """
     from matcher_service.clock import SystemClock
     from matcher_service.errors import InvalidInput
-    from matcher_service.partitions import named, parse
+    from matcher_service.partitions import named, parse, ranges
     from matcher_service.shards.moving import move
 
     chosen = parse(partitions)
@@ -76,6 +77,9 @@ def move_partitions(
         await move(chosen, replicas[giver], replicas[taker], SystemClock(), within_s)
 
     _with_replicas(config, moved)
+    if as_json:
+        print_json({"partitions": ranges(chosen), "from": giver, "to": taker})
+        return
     typer.echo(f"Shard {taker} owns {named(chosen)}; shard {giver} does not any more.")
 
 
