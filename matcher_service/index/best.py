@@ -38,9 +38,8 @@ class Best:
         self._taken: list[tuple[Int64, Int64, Float32]] = []
         self._lock = threading.Lock()
 
-    def take(self, products: Float32, rows: int | Int64) -> None:
-        """Products, float32 [n, m], of all probes: with the rows from `rows` on, or with those that it numbers, int64
-        [n, m], all different for a probe and -1 for none."""
+    def take(self, products: Float32, rows: int) -> None:
+        """Products, float32 [n, m], of all probes with the rows from `rows` on."""
         step = next(step for step in (_GROUP, 4, 1) if step == 1 or products.shape[1] >= 4 * step * self._count)
         groups = products.shape[1] // step
         grouped = groups * step
@@ -63,10 +62,8 @@ class Best:
         near = values >= cuts[which][:, None]
         near[:, 1:] &= group[:, None] < groups
         pair, member = np.nonzero(near)
-        probes, places = some[which[pair]], columns[pair, member]
-        numbers = places + rows if isinstance(rows, int) else rows[probes, places]
         with self._lock:
-            self._taken.append((probes, numbers, values[pair, member]))
+            self._taken.append((some[which[pair]], columns[pair, member] + rows, values[pair, member]))
 
     def _raise(self, some: Int64, largest: Float32) -> Float32:
         """The cuts of some probes, after these products of different rows."""
@@ -81,8 +78,19 @@ class Best:
     def picked(self) -> Picked:
         none = np.empty(0, np.int64)
         which, rows, values = (np.concatenate([one[column] for one in self._taken] or [none]) for column in range(3))
-        kept = (values >= self._cuts[which]) & (rows >= 0)
+        kept = values >= self._cuts[which]
         return Picked(which[kept], rows[kept], self._cuts)
+
+
+def picked_of(products: Float32, rows: Int64, count: int) -> Picked:
+    """The same of the largest products of several runs of rows, float32 [n, m], and their rows, int64 [n, m], -1 for
+    none: of each run at least `count`, or all that it has. Of rows just at the cut some may be missing."""
+    width = products.shape[1]
+    cuts = np.full(len(products), -np.inf, np.float32)
+    if width >= count:
+        cuts = np.ascontiguousarray(np.partition(products, width - count, axis=1)[:, width - count])
+    which, place = np.nonzero((products >= cuts[:, None]) & (rows >= 0))
+    return Picked(which, rows[which, place], cuts)
 
 
 def beyond(cuts: Float32, probes: Float32, row_norm_max: float) -> Float32:

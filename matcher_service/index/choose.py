@@ -130,9 +130,8 @@ class Costs:
 
     def whole(self, batch: int) -> float:
         """Of a full scan for one of `batch` probes."""
-        if self._wide:
-            return self._dimension * (_WIDE_NS / max(1, batch) + _PRODUCT_NS)
-        return self._dimension * min(_FEW_NS, _CONVERT_NS / max(1, batch) + _PRODUCT_NS)
+        once = _WIDE_NS if self._wide else _CONVERT_NS
+        return self._dimension * min(_FEW_NS, once / max(1, batch) + _PRODUCT_NS)
 
     def plan(
         self,

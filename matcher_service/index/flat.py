@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from matcher_service.index.best import Best, beyond
+from matcher_service.index.best import Best, beyond, picked_of
 from matcher_service.index.products import Products
 from matcher_service.index.scanner import Guess, Hits, Tally
 from matcher_service.index.score import float32_margin, norms, not_below, pair_scores, widen
@@ -24,11 +24,14 @@ _BLOCK_ROWS = 1024  # rows of one product: 2 MiB at 512 dimensions, so that they
 _WIDEN_ROWS = 256  # rows turned to float32 at once: they stay in the cache meanwhile
 _PROBES_MAX = 1024
 _FEW_PROBES = 4  # up to here one product after another costs less than to turn rows into float32
+_FEW_PROBES_WIDE = 3  # and less than to read rows that are float32 already, which are twice as many bytes
+_FEW_ROWS_MIN = 4096  # of those; fewer stay in the cache nearest to a core
 _FEW_HITS = 128  # rows that a probe may reach in a run of rows before all of these are gone through once more
 _RUN_ROWS_MAX = 16_384
 _ROWS_FIRST_PROBES = 32  # up to here BLAS is faster at rows times probes than at probes times rows
 _PRODUCTS_AT_ONCE = 1 << 19  # 2 MiB, so that they stay in the cache; to look at fewer costs as much
 _ALONE_PAIRS = 5_000  # up to so many rows times probes one thread is done before a second has begun
+_ALONE_SCORES = 256  # the same of exact scores
 
 Result = TypeVar("Result")
 
@@ -86,19 +89,26 @@ class FlatScanner:
         self._executor = executor
         half = -(-self.rows // (2 * _BLOCK_ROWS)) * _BLOCK_ROWS
         self._starts = range(0, self.rows, max(1, min(_RUN_ROWS_MAX, half)))
-        self._few_probes = _FEW_PROBES if wide is None else 0
+        self._few_probes = _FEW_PROBES
+        if wide is not None:
+            self._few_probes = _FEW_PROBES_WIDE if self.rows >= _FEW_ROWS_MIN else 0
 
     def scan(self, probes: Float32, floors: Float32) -> Hits:
         return gather([self._scan(probes, floors)], np.zeros(len(probes), np.bool_))
 
     def guess(self, probes: Float32, count: int) -> Guess:
         """The best of all rows: a scan would go through all of them too."""
-        best, wanted = Best(len(probes), min(count, self.rows)), min(count, self.rows)
-        if wanted > 0 and len(probes):
-            few = len(probes) <= self._few_probes and wanted <= _FEW_HITS
-            self._run([_best_task(self, best, start, few, probes, wanted) for start in self._starts], len(probes))
-        picked = best.picked()
-        scores = pair_scores(self._stored, picked.rows, probes, picked.probes)
+        wanted = min(count, self.rows)
+        if 0 < wanted <= _FEW_HITS and 0 < len(probes) <= self._few_probes:
+            bests = self._run([_run_task(self, start, probes, wanted) for start in self._starts], len(probes))
+            products, rows = (np.concatenate([one[column] for one in bests], axis=1) for column in (0, 1))
+            picked = picked_of(products, rows, wanted)
+        else:
+            best = Best(len(probes), wanted)
+            if wanted > 0 and len(probes):
+                self._run([_best_task(self, best, start, probes) for start in self._starts], len(probes))
+            picked = best.picked()
+        scores = self._scores(picked.rows, probes, picked.probes)
         hits = gather([Found(picked.probes, picked.rows, scores)], np.zeros(len(probes), np.bool_))
         return Guess(hits, beyond(picked.cuts, probes, self._norm_max))
 
@@ -160,6 +170,13 @@ class FlatScanner:
         reached = scores >= floors[which]
         return Found(which[reached], rows[reached], scores[reached])
 
+    def _scores(self, rows: Int64, probes: Float32, which: Int64) -> Float32:
+        halves = [slice(0, rows.size // 2), slice(rows.size // 2, rows.size)]
+        tasks: list[Callable[[], Float32]] = [
+            partial(pair_scores, self._stored, rows[half], probes, which[half]) for half in halves
+        ]
+        return np.concatenate(side_by_side(tasks, self._executor if rows.size > _ALONE_SCORES else None))
+
     def _run(self, tasks: list[Callable[[], Result]], probes: int) -> list[Result]:
         return side_by_side(tasks, self._executor if probes * self.rows > _ALONE_PAIRS else None)
 
@@ -187,15 +204,14 @@ def _near_task(
     return task
 
 
-def _best_task(
-    scanner: FlatScanner, best: Best, start: int, few: bool, probes: Float32, count: int
-) -> Callable[[], None]:
+def _run_task(scanner: FlatScanner, start: int, probes: Float32, count: int) -> Callable[[], tuple[Float32, Int64]]:
+    return lambda: scanner.best_of_run(start, probes, count)
+
+
+def _best_task(scanner: FlatScanner, best: Best, start: int, probes: Float32) -> Callable[[], None]:
     """Shows `best` the products of a run."""
 
     def task() -> None:
-        if few:
-            best.take(*scanner.best_of_run(start, probes, count))
-            return
         for first, products in scanner.blocks_of_run(start, probes):
             best.take(products, first)
 

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from matcher_service.index.best import Best, beyond
+from matcher_service.index.best import Best, beyond, picked_of
 from matcher_service.index.score import pair_scores
 
 
@@ -42,13 +42,18 @@ def test_law_2_all_that_reach_the_cut_are_picked_and_at_least_as_many_as_wanted(
         assert rows.size >= min(count, products.shape[1])
 
 
-def test_law_2_rows_that_are_numbered_are_picked_by_their_numbers_and_none_where_there_is_none() -> None:
-    best = Best(2, 2)
-    best.take(np.array([[0.9, 0.5, 0.1], [0.3, 0.2, -1.0]], np.float32), np.array([[7, 3, 5], [4, 6, -1]]))
-    best.take(np.array([[0.6, 0.4], [-0.5, -0.6]], np.float32), np.array([[10, 11], [12, 13]]))
-    picked = best.picked()
-    found = sorted(zip(picked.probes.tolist(), picked.rows.tolist(), strict=True))
-    assert found == [(0, 7), (0, 10), (1, 4), (1, 6)]
+def test_law_2_of_the_best_of_several_runs_the_best_are_picked_and_none_where_there_is_none() -> None:
+    none = -np.inf
+    products = np.array([[0.9, 0.5, 0.6, 0.4], [0.3, 0.2, -0.5, none]], np.float32)
+    rows = np.array([[7, 3, 10, 11], [4, 6, 12, -1]])
+    for count, expected, cuts in (
+        (2, [(0, 7), (0, 10), (1, 4), (1, 6)], [0.6, 0.2]),
+        (4, [(0, 3), (0, 7), (0, 10), (0, 11), (1, 4), (1, 6), (1, 12)], [0.4, none]),
+        (5, [(0, 3), (0, 7), (0, 10), (0, 11), (1, 4), (1, 6), (1, 12)], [none, none]),
+    ):
+        picked = picked_of(products, rows, count)
+        assert sorted(zip(picked.probes.tolist(), picked.rows.tolist(), strict=True)) == expected
+        assert np.array_equal(picked.cuts, np.array(cuts, np.float32))
 
 
 @given(seed=st.integers(0, 2**32), length=st.sampled_from([1.0, 1e-3, 1e5, 1e7]))
