@@ -32,6 +32,8 @@ class Rival:
     setting: str
     exact: bool
     find: Find
+    # Runs what it is given in the surroundings in which `find` is to be called.
+    within: Callable[[Callable[[], Any]], Any] = lambda work: work()
 
 
 def wide(stored: Float16) -> Float32:

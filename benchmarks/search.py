@@ -17,9 +17,10 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
@@ -93,16 +94,18 @@ class Ours:
             step()
         self.certified = 0.0
 
+    def within(self, work: Callable[[], Any]) -> Any:
+        """As `matcher serve` has it: BLAS with one thread, in a thread for searches. The rivals keep BLAS's own
+        threads."""
+        with self._libraries.limit(limits=1, user_api="blas"):
+            return self._searching.submit(work).result()
+
     def find(self, vectors: Float32, threshold: float | None, count: int) -> Rows:
         return self.answer(vectors, threshold, count).rows
 
     def answer(self, vectors: Float32, threshold: float | None, count: int) -> Truth:
-        """The answer with its scores; `certified` then says which share of (probe, segment) it rests on."""
-        # As `matcher serve` has it; the rivals keep BLAS's own threads.
-        with self._libraries.limit(limits=1, user_api="blas"):
-            return self._searching.submit(self._answer, vectors, threshold, count).result()
-
-    def _answer(self, vectors: Float32, threshold: float | None, count: int) -> Truth:
+        """The answer with its scores; `certified` then says which share of (probe, segment) it rests on. To be called
+        by `within`."""
         floors = np.full(len(vectors), -np.inf if threshold is None else threshold, np.float32)
         found: list[tuple[NDArray[np.int64], NDArray[np.int64], Float32]] = []
         certified = 0
@@ -133,13 +136,12 @@ class Ours:
     @staticmethod
     def _floors(hits: Hits, count: int) -> Float32:
         """The score of the count-th best row guessed: no row below it can be among the best."""
-        return np.array(
-            [
-                np.sort(hits.scores[first:last])[-count] if last - first >= count else -np.inf
-                for first, last in pairwise(hits.offsets)
-            ],
-            np.float32,
-        )
+        found = np.diff(hits.offsets)
+        enough = np.flatnonzero(found >= count)
+        best_first = np.lexsort((-hits.scores, np.repeat(np.arange(found.size), found)))
+        floors = np.full(found.size, -np.inf, np.float32)
+        floors[enough] = hits.scores[best_first[hits.offsets[enough] + count - 1]]
+        return floors
 
     def bytes_per_reference(self) -> float:
         return sum(scanner.bytes_in_memory() for scanner in self.scanners) / len(self.stored)
@@ -284,24 +286,25 @@ def race(
     progress: Progress,
 ) -> list[Row]:
     """Every scanner answers each case in turns, `--rounds` times."""
-    mine = Rival(OURS, f"{args.threads} threads", True, ours.find)
+    mine = Rival(OURS, f"{args.threads} threads", True, ours.find, ours.within)
     runners = [mine, *rivals]
     rows: list[Row] = []
     task = progress.add_task("searching", total=len(listed) * args.rounds * len(runners))
     for case in listed:
         shortest = [float("inf")] * len(runners)
         found: list[Rows] = [[] for _ in runners]
+        ask = (case.probes.vectors, case.threshold, COUNT)
         for _ in range(args.rounds):
             for number, runner in enumerate(runners):
-                ask = (case.probes.vectors, case.threshold, COUNT)
+                find = partial(runner.find, *ask)
                 if not found[number]:
-                    found[number] = runner.find(*ask)
-                shortest[number] = min(shortest[number], timed(lambda r=runner, a=ask: r.find(*a), args.seconds))
+                    found[number] = runner.within(find)
+                shortest[number] = min(shortest[number], runner.within(partial(timed, find, args.seconds)))
                 progress.advance(task)
         best_rival = max((case.batch / seconds for seconds in shortest[1:]), default=None)
         for number, runner in enumerate(runners):
             speed = case.batch / shortest[number]
-            answer = ours.answer(case.probes.vectors, case.threshold, COUNT) if number == 0 else None
+            answer = ours.within(partial(ours.answer, *ask)) if number == 0 else None
             rows.append(
                 Row(
                     runner.name,
