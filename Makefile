@@ -10,7 +10,7 @@ TORCH ?= torch==2.13.0
 WITH_TORCH := PYTHONPATH=$(GPU_SITE) $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-gpu-interpreted bench-gpu test-cluster cluster-demo bench-cluster test-long test-ops drills lock sbom ops-files lint bench bench-search bench-soak wire clean
+.PHONY: help demo test test-gpu test-gpu-interpreted bench-gpu test-cluster cluster-demo bench-cluster test-long test-ops drills dashboards lock sbom ops-files lint bench bench-search bench-soak wire clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -91,7 +91,10 @@ test-long: $(VENV)/.dev $(VENV)/.cluster  ## the long forms: crash loops, state 
 	@$(BIN)/python -m pytest -m 'slow and cluster' tests/cluster
 
 test-ops: $(VENV)/.ops $(VENV)/.cluster  ## rules, fault drills, dashboards, manifests, image; needs prometheus, skips what is missing
-	@$(BIN)/python -m pytest -n $(CORES) --dist worksteal tests/ops
+	@$(BIN)/python -m pytest -n $(CORES) --dist worksteal -m 'not slow' tests/ops
+
+dashboards: $(VENV)/.ops $(VENV)/.bench  ## minutes of Locust in a real Prometheus, every dashboard drawn to build/dashboards
+	@$(BIN)/python -m pytest -m slow tests/ops/test_load.py
 
 drills: $(VENV)/.ops $(VENV)/.cluster  ## the fault drills in real time, as a deployment would see them
 	@MATCHER_DRILL_PACE=1 $(BIN)/python -m pytest -n 4 tests/ops/test_drills.py tests/ops/test_drills_cluster.py
