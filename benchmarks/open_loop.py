@@ -41,8 +41,6 @@ GALLERY = "watchlist"
 SPACE_NAME = "bench"
 LAG_MS_MAX = 1.0
 IN_TIME_MIN = 0.98
-# A message's own id is the last field of its bytes: repeating a field of protobuf replaces its value.
-_MESSAGE_ID_TAG = bytes([pb.IdentifyRequest.MESSAGE_ID_FIELD_NUMBER << 3 | 2])
 # Before this, the generator sleeps; nearer to the time it turns in the loop, since timers are coarse.
 _SPIN_S = 0.003
 _FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
@@ -53,8 +51,8 @@ class Row(NamedTuple):
     """One rate. Rates are in probes/s, times in milliseconds from the intended sending.
 
     `goodput`: probes answered in full within the deadline while the load lasted, per second. `in_time`: the share of
-    all probes that were answered in full within the deadline. `unsent`: messages whose deadline passed before the
-    stream took them. `refused`: probes that came back without an answer. `service_p50_ms` counts from the actual
+    all probes that were answered in full within the deadline. `unsent`: messages that were given up before the stream
+    took them. `refused`: probes that came back without an answer. `service_p50_ms` counts from the actual
     sending. `resident_mb`: growth of the service's memory, NaN if it is another's. `lag_max_ms`: the longest stall that
     the generator saw in itself. `stall_max_ms`: the longest time without any answer while some message waited for one;
     what exceeds `lag_max_ms` is the service's. `refusals_timed`: messages that admission refused, and `refused_soon`
@@ -177,11 +175,13 @@ class Tally:
 
 
 class _Line:
-    """One stream of an edge node: an outbox, a writer and a reader. The outbox is bounded by the deadline."""
+    """One stream of an edge node: an outbox, a writer and a reader. The outbox holds the newest `outbox_max` messages,
+    as a camera's does that falls behind; what is older is given up."""
 
-    def __init__(self, call: Any, tally: Tally) -> None:
+    def __init__(self, call: Any, tally: Tally, outbox_max: int) -> None:
         self._call = call
         self._tally = tally
+        self._outbox_max = outbox_max
         self._outbox: deque[tuple[float, bytes]] = deque()
         self._more = asyncio.Event()
         self._ended = False
@@ -189,6 +189,9 @@ class _Line:
         self._unanswered: dict[str, tuple[float, float]] = {}
 
     def put(self, intended: float, body: bytes) -> None:
+        if len(self._outbox) == self._outbox_max:
+            self._outbox.popleft()
+            self._tally.unsent += 1
         self._outbox.append((intended, body))
         self._more.set()
 
@@ -207,7 +210,11 @@ class _Line:
                 name = f"{next(self._ids):x}"
                 self._unanswered[name] = (intended, now)
                 self._tally.sent += 1
-                await self._call.write(body + _MESSAGE_ID_TAG + bytes([len(name)]) + name.encode())
+                # As the client of this service does: the deadline is what is left of it.
+                left_ms = max(1, round((self._tally.deadline_s - (now - intended)) * 1000))
+                # Repeating a field of protobuf replaces its value.
+                own = pb.IdentifyRequest(message_id=name, deadline_ms=left_ms)
+                await self._call.write(body + own.SerializeToString())
             if self._ended:
                 await self._call.done_writing()
                 return
@@ -250,7 +257,8 @@ async def run_at(
     source = np.random.default_rng(args.seed)
     channels = [clear_channel(address) for _ in range(args.streams)]
     try:
-        lines = [_Line(one.stream_stream(STREAM_METHOD)(metadata=bearer(served.token)), tally) for one in channels]
+        calls = [one.stream_stream(STREAM_METHOD)(metadata=bearer(served.token)) for one in channels]
+        lines = [_Line(call, tally, args.outbox) for call in calls]
         async with asyncio.TaskGroup() as work:
             for line in lines:
                 work.create_task(line.write())
@@ -461,6 +469,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mated", type=float, default=0.0, help="share of the probes with a mate: each is an alert")
     parser.add_argument("--message", type=int, default=8, help="probes of a message")
     parser.add_argument("--streams", type=int, default=8)
+    parser.add_argument("--outbox", type=int, default=16, help="messages that wait for a stream; older are given up")
     parser.add_argument("--deadline-s", type=float, default=2.0)
     parser.add_argument("--rates", type=float, nargs="+", help="probes/s; default: fractions of what it takes at most")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each rate of the sweep")

@@ -50,6 +50,9 @@ UNARY_CALLS_MAX = 128
 KEEPALIVE_MS = 30_000
 KEEPALIVE_TIMEOUT_MS = 10_000
 PING_INTERVAL_MS_MIN = 5_000
+# What of a stream may lie in the transport unread. gRPC would let it grow to megabytes: seconds of messages under load,
+# whose deadlines begin only when they are read, while their sender believes that they are being searched.
+STREAM_WINDOW_BYTES = 256 << 10
 
 STATUS_BY_CLASS: dict[type[MatcherError], grpc.StatusCode] = {
     errors.InvalidInput: grpc.StatusCode.INVALID_ARGUMENT,
@@ -529,6 +532,8 @@ class GrpcServer:
             options=[
                 ("grpc.max_receive_message_length", limits.message_bytes_max),
                 ("grpc.max_send_message_length", -1),
+                ("grpc.http2.bdp_probe", 0),
+                ("grpc.http2.lookahead_bytes", STREAM_WINDOW_BYTES),
                 ("grpc.max_concurrent_streams", limits.streams_max + UNARY_CALLS_MAX),
                 ("grpc.keepalive_time_ms", KEEPALIVE_MS),
                 ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),

@@ -149,10 +149,12 @@ def test_the_knee_is_the_last_rate_before_the_first_that_was_not_kept_up_with() 
     assert "Knee: 100 probes/s" in table
 
 
-def test_a_message_id_appended_to_an_encoded_message_is_its_message_id() -> None:
-    body = closed_loop.protobuf_request(SpaceId("bench", 1, 2), np.ones((1, 2), np.float32), message_id="old")
-    named = body + open_loop._MESSAGE_ID_TAG + bytes([3]) + b"new"
-    assert pb.IdentifyRequest.FromString(named).message_id == "new"
+def test_what_is_appended_to_an_encoded_message_replaces_its_id_and_deadline() -> None:
+    space, row = SpaceId("bench", 1, 2), np.ones((1, 2), np.float32)
+    body = closed_loop.protobuf_request(space, row, message_id="old", deadline_ms=2000)
+    own = pb.IdentifyRequest(message_id="new", deadline_ms=7)
+    named = pb.IdentifyRequest.FromString(body + own.SerializeToString())
+    assert (named.message_id, named.deadline_ms, named.space.name) == ("new", 7, "bench")
 
 
 def test_the_comparison_checks_every_answer_of_every_path() -> None:
