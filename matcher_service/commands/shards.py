@@ -32,7 +32,7 @@ def list_shards(config: Config = None, as_json: AsJson = False) -> None:
     """
     from matcher_service.partitions import ALL_PARTITIONS, NO_PARTITIONS, named, parse
 
-    rows = _with_replicas(config, lambda replicas: _looked_at(replicas))
+    rows = _with_replicas(config, _looked_at)
     held = NO_PARTITIONS.union(*(parse(one["partitions"] or "none") for one in rows if one["fresh"]))
     absent = named(ALL_PARTITIONS - held)
     if as_json:
