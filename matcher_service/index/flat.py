@@ -6,7 +6,7 @@ the rows are therefore also held as float32, which takes three times the memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from functools import cached_property, partial
 from typing import NamedTuple, TypeVar
@@ -47,7 +47,7 @@ class Found(NamedTuple):
 NOTHING = Found(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
 
 
-def side_by_side(tasks: list[Callable[[], Result]], executor: Executor | None) -> list[Result]:
+def side_by_side(tasks: Sequence[Callable[[], Result]], executor: Executor | None) -> list[Result]:
     """The results of the tasks, in their order; the last task runs in this thread."""
     if executor is None or len(tasks) < 2:
         return [task() for task in tasks]
@@ -100,7 +100,8 @@ class FlatScanner:
         """The best of all rows: a scan would go through all of them too."""
         wanted = min(count, self.rows)
         if 0 < wanted <= _FEW_HITS and 0 < len(probes) <= self._few_probes:
-            bests = self._run([_run_task(self, start, probes, wanted) for start in self._starts], len(probes))
+            tasks = [partial(self.best_of_run, start, probes, wanted) for start in self._starts]
+            bests = self._run(tasks, len(probes))
             products, rows = (np.concatenate([one[column] for one in bests], axis=1) for column in (0, 1))
             picked = picked_of(products, rows, wanted)
         else:
@@ -172,12 +173,10 @@ class FlatScanner:
 
     def _scores(self, rows: Int64, probes: Float32, which: Int64) -> Float32:
         halves = [slice(0, rows.size // 2), slice(rows.size // 2, rows.size)]
-        tasks: list[Callable[[], Float32]] = [
-            partial(pair_scores, self._stored, rows[half], probes, which[half]) for half in halves
-        ]
+        tasks = [partial(pair_scores, self._stored, rows[half], probes, which[half]) for half in halves]
         return np.concatenate(side_by_side(tasks, self._executor if rows.size > _ALONE_SCORES else None))
 
-    def _run(self, tasks: list[Callable[[], Result]], probes: int) -> list[Result]:
+    def _run(self, tasks: Sequence[Callable[[], Result]], probes: int) -> list[Result]:
         return side_by_side(tasks, self._executor if probes * self.rows > _ALONE_PAIRS else None)
 
 
@@ -202,10 +201,6 @@ def _near_task(
         return np.concatenate(which_of), np.concatenate(rows_of)
 
     return task
-
-
-def _run_task(scanner: FlatScanner, start: int, probes: Float32, count: int) -> Callable[[], tuple[Float32, Int64]]:
-    return lambda: scanner.best_of_run(start, probes, count)
 
 
 def _best_task(scanner: FlatScanner, best: Best, start: int, probes: Float32) -> Callable[[], None]:

@@ -12,9 +12,9 @@ from typing import Protocol
 
 from matcher_service.errors import InvalidInput, ShardUnavailable
 from matcher_service.partitions import NO_PARTITIONS, Partitions, named
-from matcher_service.replay import FRESHNESS_LEASE_S
 from matcher_service.seams import Clock
 from matcher_service.shards.exchange import ShardState
+from matcher_service.shards.scattered import unfit
 
 LOOK_EVERY_S = 0.2
 # A shard that applies a block of entries answers when it is through with it.
@@ -83,14 +83,11 @@ async def _held(one: Assignable, partitions: Partitions, sequence: int, clock: C
 
 
 def _lacking(state: ShardState, partitions: Partitions, sequence: int) -> str:
-    age_ms = state.caught_up_age_ms
     if state.refusal:
         return state.refusal
     if partitions - state.partitions or state.missing:
         return f"it replays {', '.join(filter(None, (named(partitions - state.partitions), *state.missing)))}"
-    if age_ms is None or age_ms > FRESHNESS_LEASE_S * 1000 or state.sequence < sequence:
-        return "it is behind the log"
-    return ""
+    return unfit(state, sequence)
 
 
 def _soon(clock: Clock) -> float:
