@@ -45,7 +45,7 @@ from matcher_service.gallery.proofs import SqlAuditProofs
 from matcher_service.gallery.resealing import SqlKeyRotations
 from matcher_service.gallery.signing import SigningKeys
 from matcher_service.gateway import credentials
-from matcher_service.gateway.grpc import build_grpc_server
+from matcher_service.gateway.grpc_server import GrpcServer
 from matcher_service.gateway.http import build_http_app
 from matcher_service.gateway.service import Service
 from matcher_service.identify import Identify, Searching
@@ -312,7 +312,7 @@ def _publish_setup(settings: Settings, metrics: Metrics) -> None:
 async def _edges(service: Service, tasks: _Tasks) -> AsyncIterator[tuple[int, int]]:
     """Both listeners, from bound ports to closed ones."""
     server = service.settings.server
-    grpc_server = build_grpc_server(service)
+    grpc_server = GrpcServer(service)
     grpc_port = await grpc_server.start()
     try:
         listener = _bound(server.host, server.http_port, "http_port", shared=server.share_ports)

@@ -22,7 +22,7 @@ from matcher_service.catalogue import Catalogue
 from matcher_service.clock import LawfulTime, SystemClock
 from matcher_service.errors import Conflict, InvalidInput, MatcherError
 from matcher_service.gateway.credentials import BearerToken
-from matcher_service.gateway.grpc import GrpcServer, build_grpc_server
+from matcher_service.gateway.grpc_server import GrpcServer
 from matcher_service.gateway.http import build_http_app
 from matcher_service.gateway.service import Service
 from matcher_service.metrics import Metrics
@@ -227,7 +227,7 @@ async def served(
     """The gRPC edge on a free port of loopback, and the HTTP edge too if asked for."""
     flat = flat or FlatService()
     service = flat.service(settings_of(**sections))
-    grpc_server = build_grpc_server(service)
+    grpc_server = GrpcServer(service)
     grpc_port = await grpc_server.start()
     try:
         async with _http_port(service) if http else contextlib.nullcontext(0) as http_port:

@@ -23,8 +23,7 @@ import pytest_asyncio
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from matcher_service.gateway import grpc as grpc_edge
-from matcher_service.gateway import refusals
+from matcher_service.gateway import grpc_call, refusals
 from matcher_service.terms import DeleteGallery
 from matcher_service.wire import matcher_pb2 as pb
 from matcher_service.wire.matcher_pb2_grpc import MatcherStub
@@ -551,7 +550,7 @@ async def test_a_grpc_call_ends_with_a_status_and_its_details(served: Served, fa
     assert refused.value.code() not in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
     # One table per edge, and both follow the same class.
     assert refused.value.code() in {
-        grpc_edge.status_of(kind("x")) for kind in refusals.error_classes() if not kind.__subclasses__()
+        grpc_call.status_of(kind("x")) for kind in refusals.error_classes() if not kind.__subclasses__()
     }
 
 

@@ -23,7 +23,7 @@ from grpc_status import rpc_status
 from structlog.testing import capture_logs
 
 from matcher_service.errors import NotFound, Overloaded, StartRefused
-from matcher_service.gateway.grpc import SERVICE_NAME, build_grpc_server
+from matcher_service.gateway.grpc_server import SERVICE_NAME, GrpcServer
 from matcher_service.terms import Alert
 from matcher_service.wire import matcher_pb2 as pb
 from matcher_service.wire.matcher_pb2_grpc import MatcherStub
@@ -535,7 +535,7 @@ async def test_grpc_speaks_tls_when_it_is_given_a_certificate(tmp_path: Path) ->
 
 async def test_a_port_that_is_taken_refuses_the_start() -> None:
     async with served() as edges:
-        second = build_grpc_server(FlatService().service(settings_of(server={"grpc_port": edges.grpc_port})))
+        second = GrpcServer(FlatService().service(settings_of(server={"grpc_port": edges.grpc_port})))
         with pytest.raises(StartRefused) as refused:
             await second.start()
         assert refused.value.field == "server.grpc_port"

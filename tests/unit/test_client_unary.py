@@ -23,7 +23,7 @@ from matcher_service.client import (
     identify_reply,
 )
 from matcher_service.errors import MatcherError
-from matcher_service.gateway.grpc import rich_status, status_of
+from matcher_service.gateway.grpc_call import rich_status, status_of
 from matcher_service.terms import Cause, Outcome, SpaceId
 from matcher_service.wire import matcher_pb2 as pb
 from tests.fake_matcher import TOKEN, Script, fake_server

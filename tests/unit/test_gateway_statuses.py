@@ -11,9 +11,8 @@ from google.rpc import error_details_pb2
 
 from matcher_service import errors
 from matcher_service.errors import InvalidInput, MatcherError, Overloaded
-from matcher_service.gateway import grpc as grpc_edge
+from matcher_service.gateway import grpc_call, refusals
 from matcher_service.gateway import http as http_edge
-from matcher_service.gateway import refusals
 from matcher_service.terms import Cause, Decision, Outcome, Receipt, WriteOutcome
 
 TREE = [one for one in refusals.error_classes() if one.__module__ == errors.__name__]
@@ -22,14 +21,14 @@ TREE = [one for one in refusals.error_classes() if one.__module__ == errors.__na
 @pytest.mark.parametrize("kind", TREE)
 def test_each_error_has_a_status_of_its_own_on_both_edges(kind: type[MatcherError]) -> None:
     assert kind in http_edge.STATUS_BY_CLASS
-    assert kind in grpc_edge.STATUS_BY_CLASS
+    assert kind in grpc_call.STATUS_BY_CLASS
 
 
 @pytest.mark.parametrize("kind", TREE)
 def test_only_what_is_internal_is_answered_as_a_defect(kind: type[MatcherError]) -> None:
     internal = not issubclass(kind, errors.CallerFault | errors.ServiceFault)
     assert (http_edge.status_of(kind("x")) is HTTPStatus.INTERNAL_SERVER_ERROR) == internal
-    assert (grpc_edge.status_of(kind("x")) is grpc.StatusCode.INTERNAL) == internal
+    assert (grpc_call.status_of(kind("x")) is grpc.StatusCode.INTERNAL) == internal
 
 
 @pytest.mark.parametrize("kind", TREE)
@@ -37,7 +36,7 @@ def test_retryable_errors_have_the_statuses_that_clients_retry(kind: type[Matche
     retried_http = {HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE}
     retried_grpc = {grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE}
     assert (http_edge.status_of(kind("x")) in retried_http) == kind.retryable
-    assert (grpc_edge.status_of(kind("x")) in retried_grpc) == kind.retryable
+    assert (grpc_call.status_of(kind("x")) in retried_grpc) == kind.retryable
 
 
 def test_a_new_error_takes_the_status_of_what_it_is_a_kind_of() -> None:
@@ -45,7 +44,7 @@ def test_a_new_error_takes_the_status_of_what_it_is_a_kind_of() -> None:
         pass
 
     assert http_edge.status_of(Narrower("x")) is HTTPStatus.TOO_MANY_REQUESTS
-    assert grpc_edge.status_of(Narrower("x")) is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert grpc_call.status_of(Narrower("x")) is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 @pytest.mark.parametrize("cause", list(Cause))
@@ -115,7 +114,7 @@ def test_a_problem_document_says_what_where_what_to_do_and_when() -> None:
 
 
 def test_a_rich_status_says_what_where_what_to_do_and_when() -> None:
-    status = grpc_edge.rich_status(Overloaded("no permit", hint="send slower", field="probe_ids", retry_after_ms=40))
+    status = grpc_call.rich_status(Overloaded("no permit", hint="send slower", field="probe_ids", retry_after_ms=40))
     info, bad, retry = (
         error_details_pb2.ErrorInfo(),
         error_details_pb2.BadRequest(),
@@ -131,7 +130,7 @@ def test_a_rich_status_says_what_where_what_to_do_and_when() -> None:
 
 def test_a_status_fits_into_the_headers_that_peers_take() -> None:
     long = "面" * 100_000
-    status = grpc_edge.rich_status(InvalidInput(long, hint=long, field=long, retry_after_ms=1))
+    status = grpc_call.rich_status(InvalidInput(long, hint=long, field=long, retry_after_ms=1))
     # In the headers the details stand in base64 and the message in percent encoding, within 8 KiB.
     details, message = len(status.SerializeToString()) * 4 / 3, len(status.message.encode()) * 3
     assert details + message < 8000
