@@ -13,7 +13,7 @@ from typing import ParamSpec, TypeVar
 
 import numpy as np
 
-from matcher_service import evidence, grounds, policy, reference_rows, resemblance
+from matcher_service import change_policy, evidence, grounds, policy, reference_rows, resemblance
 from matcher_service.access.rates import Rates
 from matcher_service.admission import Admission
 from matcher_service.catalogue import Catalogue
@@ -162,7 +162,7 @@ class Writing:
         """A change of the catalogue: judged, committed, and obeyed when this returns. With a threshold goes into the
         log what is known of it."""
         write = evidence.settled(write, self._catalogue)
-        policy.judge_change(
+        change_policy.judge_change(
             write, actor, self._catalogue, self._limits.id_bytes_max, self._limits.dimension_max, self._time.now_ms()
         )
         return await self._obeyed(_receipt((await self._append([write], actor))[0]), catalogue=True)
@@ -173,11 +173,11 @@ class Writing:
         The change comes first and closes the proposal after it. A crash between the two leaves the proposal open,
         and approving it again says that there is nothing left to change.
         """
-        proposal = policy.approvable(proposal_id, actor, self._catalogue, self._time.now_ms())
+        proposal = change_policy.approvable(proposal_id, actor, self._catalogue, self._time.now_ms())
         match proposal.action:
             case ProposalAction.THRESHOLD:
-                change = policy.proposed_threshold(proposal, actor.person)
-                policy.judge_threshold_change(change, self._catalogue, self._limits.id_bytes_max)
+                change = change_policy.proposed_threshold(proposal, actor.person)
+                change_policy.judge_threshold_change(change, self._catalogue, self._limits.id_bytes_max)
                 settled = evidence.settled(change, self._catalogue)
                 receipt = _receipt((await self._append([settled], actor))[0])
             case ProposalAction.GALLERY_DELETION:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
-from matcher_service import policy, records
+from matcher_service import change_policy, policy, records
 from matcher_service.access.edge_tokens import new_secret
 from matcher_service.errors import NotFound
 from matcher_service.gateway import decode_json
@@ -89,7 +89,7 @@ def router(service: Service) -> APIRouter:
         """Issue a successor with the same rights; the old credential ends after the overlap."""
         body = decode_json.body(RotationBody, await sent(request))
         actor = actor_of(request)
-        old = policy.credential_of(actor, credential_id, catalogue)
+        old = change_policy.credential_of(actor, credential_id, catalogue)
         successor_id = secrets.token_hex(6)
         certificate = body.certificate or ""
         secret, digest = ("", "") if certificate else new_secret(successor_id)

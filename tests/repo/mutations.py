@@ -104,7 +104,7 @@ MUTATIONS = (
     ),
     Mutation(
         "two persons",
-        "policy.py",
+        "change_policy.py",
         "if not actor.person or actor.person == proposal.proposed_by:",
         "if False:",
         f"{MATRIX}::test_by_hand_a_threshold_is_two_persons_business",

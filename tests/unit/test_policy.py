@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from matcher_service import policy, records
+from matcher_service import change_policy, policy, records
 from matcher_service.catalogue import Catalogue
 from matcher_service.errors import Forbidden, Gone, InvalidInput, MatcherError, NotFound, StaleProbe
 from matcher_service.terms import (
@@ -233,6 +233,6 @@ def test_a_gallery_deployment_or_case_cannot_exist_without_its_lawful_parts(
     catalogue: Catalogue, write: Write, field: str
 ) -> None:
     with pytest.raises(MatcherError) as refused:
-        policy.judge_change(write, Actor("clerk", galleries=None), catalogue, 128, 4096, NOW)
+        change_policy.judge_change(write, Actor("clerk", galleries=None), catalogue, 128, 4096, NOW)
     assert refused.value.field == field
     assert refused.value.hint
