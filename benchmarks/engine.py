@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import sys
@@ -121,6 +122,8 @@ async def run(args: argparse.Namespace, folder: Path, notes: Console) -> list[di
         await search(shard, "fresh")
         progress.update(task, description="writing files, restarting")
         await shard.close()
+        del shard  # as the process that ended would have: two of ten million references do not fit
+        gc.collect()
         began = time.perf_counter()
         shard = await LocalShard.open(data, _key, settings, clock, erase_within_s=_ERASE_WITHIN_S)
         notes.print(

@@ -81,9 +81,10 @@ class Snapshots:
         self._disk = disk
         self._key = key
         self._scanners = scanners
-        # What the manifest on disk says, and of which segments and ends each state file was written.
+        # What the manifest on disk says, and of which files and ends each state file was written. Files, not segments:
+        # those that a rewrite has replaced must not be kept in memory.
         self._manifest = Manifest(0, {})
-        self._written: dict[str, list[tuple[Segment, int]]] = {}
+        self._written: dict[str, list[tuple[SealedFile, int]]] = {}
 
     def restore(self, log_head: int | None = None) -> Restored:
         """Open the directory and read every file that counts; remove the others.
@@ -116,7 +117,8 @@ class Snapshots:
                 continue
             galleries[gallery_id] = state
             kept[gallery_id] = files
-            self._written[gallery_id] = [(segment, segment.dead) for segment in state.segments]
+            ends = [segment.dead for segment in state.segments]
+            self._written[gallery_id] = list(zip(files.segments, ends, strict=True))
         # The names of damaged files stay in the manifest until the next one is written; a crash before that
         # finds them missing, which is damage all the same.
         self._remove_all_but(Manifest(self._manifest.sequence, kept))
@@ -125,7 +127,7 @@ class Snapshots:
     def write(self, snapshot: Snapshot) -> None:
         """Make the directory hold the snapshot; durable on return, and nothing else is left in it."""
         galleries: dict[str, GalleryFiles] = {}
-        written: dict[str, list[tuple[Segment, int]]] = {}
+        written: dict[str, list[tuple[SealedFile, int]]] = {}
         for gallery_id, (dimension, segments) in snapshot.galleries.items():
             key = newest_key(self._key, gallery_id)
             if key is None:
@@ -133,7 +135,7 @@ class Snapshots:
             self._let_reseal(segments, key.generation)
             files = tuple(segment.file or self._seal(gallery_id, segment, key) for segment in segments)
             ended = [_ended(segment, snapshot.sequence) for segment in segments]
-            counts = [(segment, len(one.rows)) for segment, one in zip(segments, ended, strict=True)]
+            counts = [(file, len(one.rows)) for file, one in zip(files, ended, strict=True)]
             before = self._manifest.galleries.get(gallery_id)
             if (
                 before is not None
