@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from matcher_service import policy
 from matcher_service.errors import MatcherError
 from matcher_service.grounds import Standing
+from matcher_service.halves import narrowed
 from matcher_service.receipts import EnrolReceipts
 from matcher_service.terms import EnrolMessage, EnrolRows, Float32, Int64
 
@@ -45,7 +46,7 @@ def templates_of(message: EnrolMessage, rows: Int64) -> Float32:
 
 def as_stored(adapted: Float32) -> tuple[NDArray[np.float16], NDArray[np.bool_]]:
     """Adapted rows [n, d] as they are stored, float16 in C order, and which of them have a direction."""
-    stored = adapted.astype("<f2")
+    stored = narrowed(adapted).astype("<f2", copy=False)
     # As whole numbers, which are compared ten times as fast; a zero may have a sign.
     return stored, np.asarray((stored.view(np.uint16) & 0x7FFF).any(axis=1))
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from matcher_service.errors import InvalidInput, TooLarge
+from matcher_service.halves import widened
 from matcher_service.settings import LimitSettings
 from matcher_service.terms import (
     Actor,
@@ -323,8 +324,10 @@ def templates_of(data: bytes, dtype: Dtype, rows: int, dimension: int, field: st
             cause=Cause.WRONG_LENGTH,
             hint="send one little-endian row of the declared dimension and dtype per identifier",
         )
-    templates: Float32 = np.frombuffer(data, wire).reshape(rows, dimension).astype(np.float32, copy=False)
-    return templates
+    values = np.frombuffer(data, wire).reshape(rows, dimension)
+    if dtype is Dtype.FLOAT16 and values.dtype.isnative:
+        return widened(values)
+    return values.astype(np.float32, copy=False)
 
 
 def _times(sent: Sequence[int], rows: int, field: str) -> Int64:

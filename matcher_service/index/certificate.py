@@ -23,6 +23,9 @@ What real arithmetic adds:
   2^-24 (Higham, Accuracy and Stability, section 3.5; |R| has Frobenius norm sqrt(d)), and the rotation itself,
   rounded to float32, is off by at most u sqrt(d). `rotation_error` is their sum; it lowers a, raises b, and
   lowers the cut-off by |x'| |q| times itself.
+- <x', R x> is gathered from how close each block of R x is to its centroid c, <c, y> - |c|^2 / 2 in float32 (blocks of
+  at most 8 coordinates: 10 u of what it is made of), of which the last 4 bits are the centroid's number (2^-19 of it).
+  Their float64 sum, and that of float32 |c|^2, is off by less than `ENCODING_ERROR` times |x'| |x| + |x'|^2 / 2.
 - The fast-scan kernel replaces each look-up table by uint8 steps of the widest table's span / 255 (FAISS,
   utils/quantize_lut.cpp), so a table's entry is off by at most half a step, and the estimate by M / 2 steps. The
   sum of at most 256 tables, 256 * 255, fits its uint16 accumulator: it cannot saturate. `table_error` also
@@ -47,6 +50,7 @@ from scipy.special import betainc, betaincinv
 from matcher_service.terms import Float32, Float64
 
 FAILURE = 5e-10
+ENCODING_ERROR = 2.0**-18
 ANGLES = 65
 TABLES_MAX = 256
 _UNIT = 2.0**-24
@@ -70,18 +74,17 @@ def rotation_error(dimension: int) -> float:
     return (gamma + 2 * _UNIT) * math.sqrt(dimension) * 1.0001
 
 
-def factors(decoded: Float32, rotated: Float32, row_norms: Float64) -> tuple[Float64, Float64, Float64]:
+def factors(along: Float64, squared: Float64, row_norms: Float64, dimension: int) -> tuple[Float64, Float64, Float64]:
     """Per row: the least that a can be, the most that b can be, and |x'|; each float64 [n].
 
-    `rotated` float32 [n, d] is R x, `decoded` float32 [n, coded] the coordinates of x' that are coded (the others
-    are zero); `row_norms` float64 [n] are the norms of x.
+    `along` float64 [n] is <x', R x> as `codes.encode` computes it, `squared` |x'|^2; `row_norms` float64 [n] are the
+    norms of x in `dimension` dimensions.
     """
-    wide = decoded.astype(np.float64)
-    reach = np.sqrt(np.einsum("ij,ij->i", wide, wide))
-    along = np.einsum("ij,ij->i", wide, rotated[:, : decoded.shape[1]].astype(np.float64)) / row_norms
-    along = along - reach * rotation_error(rotated.shape[1])
-    across = np.sqrt(np.maximum(reach * reach - along * along, 0.0)) * (1 + 1e-9)
-    return along, across, reach
+    reach = np.sqrt(squared * (1 + 2.0**-22))
+    error = reach * rotation_error(dimension) + (reach + squared / (2 * row_norms)) * ENCODING_ERROR
+    low = along / row_norms - error
+    across = np.sqrt(np.maximum(reach * reach - np.maximum(low, 0.0) ** 2, 0.0)) * (1 + 1e-9)
+    return low, across, reach
 
 
 def key(along: Float64, across: Float64, tail_: float, cosine: float = 0.4) -> Float64:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
@@ -135,17 +135,31 @@ def empty_index(quantizer: Any, centroids: Float32) -> Any:
     return index
 
 
-def encode(coded: Float32, centroids: Float32) -> NDArray[np.uint8]:
-    """The plain codes of rotated rows, float32 [n, tables * block]: uint8 [n, bytes], the code of an even table in the
-    low half of a byte and that of the next one in the high half. `centroids` float32 [16, block].
+class Encoded(NamedTuple):
+    """Rotated rows as codes.
+
+    `plain` uint8 [n, bytes]: the code of an even table in the low half of a byte and that of the next one in the high
+    half; of each row, float64 [n], the product of its decoded code with itself as it was coded, and that with itself.
+    """
+
+    plain: NDArray[np.uint8]
+    along: Float64
+    squared: Float64
+
+
+def encode(coded: Float32, centroids: Float32) -> Encoded:
+    """The codes of rotated rows, float32 [n, tables * block], their coded coordinates. `centroids` float32 [16, block].
 
     FAISS' encoder looks for each block's nearest centroid by itself, and takes two to five times as long for blocks of
-    2 and 5. A code depends on its rotated row alone, but where two centroids are as near as rounding can tell: see
-    `certificate.py`.
+    2 and 5. How close a block is to its centroid c, <c, y> - |c|^2 / 2, tells what `certificate.factors` needs as well.
+    A code depends on its rotated row alone, but where two centroids are as near as rounding can tell: see
+    `certificate.py`, which also knows how far `along` may be off.
     """
     blocks = coded.reshape(-1, centroids.shape[1])
     nearest = np.empty(len(blocks), np.uint8)
-    half = (0.5 * np.einsum("ij,ij->i", centroids, centroids))[:, None]
+    closest = np.empty(len(blocks), np.float32)
+    squares = np.einsum("ij,ij->i", centroids, centroids, dtype=np.float64)
+    half = (0.5 * squares).astype(np.float32)[:, None]
     for start in range(0, len(blocks), _ENCODE_BLOCKS):
         some = slice(start, start + _ENCODE_BLOCKS)
         closeness = centroids @ blocks[some].T
@@ -154,11 +168,14 @@ def encode(coded: Float32, centroids: Float32) -> NDArray[np.uint8]:
         bits = closeness.view(np.int32)
         bits &= ~np.int32(CENTROIDS - 1)
         bits |= np.arange(CENTROIDS, dtype=np.int32)[:, None]
-        nearest[some] = np.maximum.reduce(closeness, axis=0).view(np.int32) & (CENTROIDS - 1)
+        np.maximum.reduce(closeness, axis=0, out=closest[some])
+        nearest[some] = closest[some].view(np.int32) & (CENTROIDS - 1)
     numbers = nearest.reshape(len(coded), -1)
     plain = numbers[:, 0::2].copy()
     plain[:, : numbers.shape[1] // 2] |= numbers[:, 1::2] << 4
-    return plain
+    squared = np.add.reduce(squares.astype(np.float32)[numbers], axis=1, dtype=np.float64)
+    along = np.add.reduce(closest.reshape(numbers.shape), axis=1, dtype=np.float64) + squared / 2
+    return Encoded(plain, along, squared)
 
 
 def pack(plain: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -195,9 +212,7 @@ class CodesBuilder:
         self.dimension = dimension
         self.block = block
         self.coded = (dimension // block) * block
-        self._quantizer = one_list(self.coded)
         self._centroids = codebook(dimension, block)
-        self._index = empty_index(self._quantizer, self._centroids)
         self._plain: list[NDArray[np.uint8]] = []
         self._along: list[Float64] = []
         self._across: list[Float64] = []
@@ -205,9 +220,9 @@ class CodesBuilder:
 
     def add(self, rotated: Float32, row_norms: Float64) -> None:
         """`rotated` float32 [n, d]: R x of the next rows, `row_norms` float64 [n] their norms."""
-        plain = encode(np.ascontiguousarray(rotated[:, : self.coded]), self._centroids)
-        along, across, reach = certificate.factors(self._index.pq.decode(plain), rotated, row_norms)
-        self._plain.append(plain)
+        encoded = encode(np.ascontiguousarray(rotated[:, : self.coded]), self._centroids)
+        along, across, reach = certificate.factors(encoded.along, encoded.squared, row_norms, self.dimension)
+        self._plain.append(encoded.plain)
         self._along.append(along)
         self._across.append(across)
         self._reach = max(self._reach, float(reach.max(initial=0.0)))

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from matcher_service.errors import DataDamaged
+from matcher_service.halves import widen
 from matcher_service.index import certificate, choose
 from matcher_service.index.codes import Codes, CodesBuilder, blocks_for, packed_size
 from matcher_service.index.flat import FlatScanner, Found, gather, side_by_side
@@ -27,13 +28,13 @@ from matcher_service.index.products import Products
 from matcher_service.index.refined import Refined
 from matcher_service.index.rotation import Rotation, draw_rotation
 from matcher_service.index.scanner import Guess, Hits, Scanner, Tally, unsure
-from matcher_service.index.score import float32_margin, norms, not_below, pair_scores, widen
+from matcher_service.index.score import float32_margin, norms, not_below, pair_scores
 from matcher_service.terms import Float32, Float64, Int64
 
 FORMAT = 1
 _ALWAYS_ROWS = 64  # rows with the lowest cut-offs, re-scored for every probe
 _ODD_NORM = 1e-3  # a stored row whose norm is off one by more is re-scored always
-_ENCODE_ROWS = 8192
+_ENCODE_ROWS = 4096
 _SLICE_PROBES = 32  # times a part's rows, and 48 bytes each, bounds what one range search can hold
 _TASKS = 8  # of a scan, at least, where there are so many parts
 _ALONE_PAIRS = 25_000  # up to so many rows times probes one thread is done before a second has begun

@@ -14,10 +14,11 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from matcher_service.halves import widen
 from matcher_service.index.best import Best, beyond, picked_of
 from matcher_service.index.products import Products
 from matcher_service.index.scanner import Guess, Hits, Tally
-from matcher_service.index.score import float32_margin, norms, not_below, pair_scores, widen
+from matcher_service.index.score import float32_margin, norms, not_below, pair_scores
 from matcher_service.terms import Float32, Int64
 
 _BLOCK_ROWS = 1024  # rows of one product: 2 MiB at 512 dimensions, so that they stay in the cache

@@ -14,13 +14,14 @@ with the roundings of the score itself and of flushed subnormal products added.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
+from matcher_service.halves import widen
 from matcher_service.terms import Float32, Float64, Int64
 
-_HALF_BITS = np.uint32(0x8FFFE000).view(np.int32)
-_HALF_BIAS = np.float32(2.0**112)
 _BLOCK_ELEMENTS = 1 << 18  # float64 products held at once: 2 MiB, so that they stay in the cache
 
 
@@ -50,19 +51,6 @@ def pair_scores(stored: NDArray[np.float16], rows: Int64, probes: Float32, which
     return scores
 
 
-def widen(halves: NDArray[np.float16], out: Float32) -> Float32:
-    """Finite float16 values as float32, into `out` of the same shape; several times faster than `astype`.
-
-    Sign, exponent and mantissa are moved to their places in float32 and the exponent's bias is corrected by
-    a multiplication, which is exact and also serves zeros and subnormal numbers.
-    """
-    bits = out.view(np.int32)
-    np.copyto(bits, halves.view(np.int16))
-    np.left_shift(bits, 13, out=bits)
-    np.bitwise_and(bits, _HALF_BITS, out=bits)
-    return np.multiply(out, _HALF_BIAS, out=out)
-
-
 def not_below(products: Float32, cuts: Float32) -> tuple[Int64, Int64]:
     """Where products, float32 [n, m], are not below their probe's cut, float32 [n]: probes and rows, int64 [k] each.
 
@@ -87,6 +75,14 @@ def norms(rows: NDArray[np.floating]) -> Float64:
         block = rows[start : start + step].astype(np.float64)
         found[start : start + step] = np.sqrt(np.add.reduce(block * block, axis=-1))
     return found
+
+
+def norm_bound(rows: Float32) -> float:
+    """No less than the largest norm of rows, float32 [n, d], and hardly more: a float32 sum of d squares is off by at
+    most gamma_d of it."""
+    squares = np.einsum("ij,ij->i", rows, rows)
+    longest = math.sqrt(float(squares.max(initial=0.0)))
+    return longest * (1 + (int(rows.shape[1]) + 2) * 2.0**-24)
 
 
 def float32_margin(dimension: int, row_norm_max: float, probe_norms: Float64) -> Float64:

@@ -13,11 +13,12 @@ from typing import Protocol
 
 import numpy as np
 
+from matcher_service.halves import widen
 from matcher_service.index.choose import worth_codes
 from matcher_service.index.flat import FlatScanner
 from matcher_service.index.rows import Float16, HashIndex, Names, Narrow, Rows, UInt32, id_hashes, joined
 from matcher_service.index.scanner import Growing, Scanner
-from matcher_service.index.score import norms, widen
+from matcher_service.index.score import norm_bound
 from matcher_service.terms import Float32, Int64
 
 LIVE = np.iinfo(np.int64).max
@@ -182,7 +183,7 @@ class Tail:
         self.references.extend(references)
         self.subjects.extend(subjects)
         self.row_of.update(zip(references, range(start, stop), strict=True))
-        self._row_norm_max = max(self._row_norm_max, float(norms(self.wide[start:stop]).max(initial=0.0)))
+        self._row_norm_max = max(self._row_norm_max, norm_bound(self.wide[start:stop]))
         self.rows = stop
         if self.growing is not None:
             self.growing.append(self.stored[start:stop])

@@ -40,7 +40,7 @@ def codes_over(rows: np.ndarray, rotation: Float32, block: int) -> tuple[Codes, 
     builder.add(rotated, norms(rows))
     codes = Codes.from_state(rows.shape[1], block, builder.finish(np.empty(0, np.int64)))
     index = codes.indexes[0]
-    decoded = index.pq.decode(encode(np.ascontiguousarray(rotated[:, : codes.coded]), codes.centroids))
+    decoded = index.pq.decode(encode(np.ascontiguousarray(rotated[:, : codes.coded]), codes.centroids).plain)
     return codes, builder, decoded
 
 
@@ -73,7 +73,8 @@ def test_law_2_over_many_rotations_the_estimate_of_a_mate_follows_the_beta_law(d
     rotated = np.concatenate([row.astype(np.float32) @ rotation.T for rotation in rotations])
     probes = np.concatenate([Rotation(rotation)(probe) for rotation in rotations])
     coded = np.ascontiguousarray(rotated[:, : index.d])
-    decoded = index.pq.decode(encode(coded, codebook(dimension, block))).astype(np.float64)
+    encoded = encode(coded, codebook(dimension, block))
+    decoded = index.pq.decode(encoded.plain).astype(np.float64)
     along = np.einsum("ij,ij->i", decoded, coded) / norms(row)[0]
     across = np.sqrt(np.einsum("ij,ij->i", decoded, decoded) - along**2)
     estimates = np.einsum("ij,ij->i", decoded, probes[:, : index.d]) / norms(probe)[0]
@@ -81,7 +82,8 @@ def test_law_2_over_many_rotations_the_estimate_of_a_mate_follows_the_beta_law(d
     half = (dimension - 2) / 2
     assert kstest((1 + coordinate) / 2, beta(half, half).cdf).pvalue > 1e-4
     # A tail that can be counted: the cut-off at a failure of 2% is missed by about 2% of the rotations.
-    low, high, _ = certificate.factors(decoded.astype(np.float32), rotated, np.repeat(norms(row), len(rotations)))
+    lengths = np.repeat(norms(row), len(rotations))
+    low, high, _ = certificate.factors(encoded.along, encoded.squared, lengths, dimension)
     reach = certificate.tail(dimension, 0.02)
     missed = np.count_nonzero(estimates < cosine * low - np.sqrt(1 - cosine**2) * high * reach)
     assert 20 <= missed <= 95  # 60 expected, standard deviation 8
@@ -223,9 +225,32 @@ def test_a_code_is_the_nearest_centroid_so_that_it_depends_on_the_rotated_row_al
     rows = unit(np.random.default_rng(6), 300, dimension)
     centroids = codebook(dimension, block)
     index = empty_index(one_list(dimension), centroids)
-    decoded = index.pq.decode(encode(rows, centroids)).reshape(-1, block)
+    decoded = index.pq.decode(encode(rows, centroids).plain).reshape(-1, block)
     nearest = ((rows.reshape(-1, 1, block) - centroids[None]) ** 2).sum(axis=2).argmin(axis=1)
     assert np.array_equal(decoded, centroids[nearest])
+
+
+@pytest.mark.parametrize(("dimension", "block"), [(64, 1), (512, 2), (512, 5), (512, 8)])
+@pytest.mark.parametrize("norm", [0.01, 1.0, 30.0])
+def test_what_a_row_s_code_is_worth_is_known_within_its_bound(dimension: int, block: int, norm: float) -> None:
+    """Law 2: a is never above, b and the reach never below what float64 finds of the decoded rows."""
+    source = np.random.default_rng(12)
+    rotated = np.ascontiguousarray(norm * unit(source, 400, dimension), np.float32)
+    row_norms = norms(rotated)
+    coded = np.ascontiguousarray(rotated[:, : dimension // block * block])
+    encoded = encode(coded, codebook(dimension, block))
+    index = empty_index(one_list(coded.shape[1]), codebook(dimension, block))
+    wide = index.pq.decode(encoded.plain).astype(np.float64)
+    true = np.einsum("ij,ij->i", wide, coded)
+    squared = np.einsum("ij,ij->i", wide, wide)
+    allowed = (np.sqrt(squared) * row_norms + squared / 2) * certificate.ENCODING_ERROR
+    off = np.abs(encoded.along - true)
+    assert (off <= allowed).all()
+    assert off.max() > 0.001 * allowed.min()
+    low, high, reach = certificate.factors(encoded.along, encoded.squared, row_norms, dimension)
+    assert (reach >= np.sqrt(squared)).all()
+    assert (low <= true / row_norms).all()
+    assert (high >= np.sqrt(squared - (true / row_norms) ** 2)).all()
 
 
 def test_codebooks_are_the_same_at_every_training() -> None:

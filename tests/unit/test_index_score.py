@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from matcher_service.index.products import Products
-from matcher_service.index.score import exact_scores, float32_margin, norms, pair_scores, widen
+from matcher_service.index.score import exact_scores, float32_margin, norm_bound, norms, pair_scores
 from matcher_service.terms import Float32
 
 
@@ -41,13 +41,6 @@ def test_law_2_the_score_is_the_true_product_rounded_to_float32(seed: int, dimen
     score = exact_scores(stored, probes[0])[0]
     # The float64 sum is within 2^-50 of the truth here, so only a truth at a rounding border may differ by one step.
     assert abs(Fraction(float(score)) - true) <= Fraction(float(np.spacing(np.abs(score)))) / 2 + Fraction(1, 2**50)
-
-
-def test_every_finite_float16_is_widened_to_itself() -> None:
-    halves = np.arange(65536, dtype=np.uint16).view(np.float16)
-    halves = halves[np.isfinite(halves)]
-    wide = widen(halves, np.empty(halves.shape, np.float32))
-    assert np.array_equal(wide.view(np.uint32), halves.astype(np.float32).view(np.uint32))
 
 
 @pytest.mark.parametrize("dimension", [1, 7, 128, 512])
@@ -86,3 +79,12 @@ def test_no_pairs_have_no_scores() -> None:
     stored, probes = rows_and_probes(5, 3, 16)
     none = np.empty(0, np.int64)
     assert pair_scores(stored, none, probes, none).size == 0
+
+
+@pytest.mark.parametrize("dimension", [1, 7, 128, 2048])
+def test_no_row_is_longer_than_the_bound_of_the_norms_and_hardly_any_is_shorter(dimension: int) -> None:
+    stored, _ = rows_and_probes(12, 500, dimension, 1)
+    wide = stored.astype(np.float32)
+    longest = float(norms(wide).max())
+    assert longest <= norm_bound(wide) <= longest * (1 + 2e-4)
+    assert norm_bound(wide[:0]) == 0.0

@@ -14,12 +14,13 @@ import torch
 from numpy.typing import NDArray
 
 from matcher_service.errors import ServiceFault
+from matcher_service.halves import widen
 from matcher_service.index.flat import NOTHING, FlatScanner, Found, gather
 from matcher_service.index.gpu.bound import CODE_MAX, code_probes, cut_offs
 from matcher_service.index.gpu.filter import Filter, Pairs
 from matcher_service.index.gpu.slabs import Extent, Placed
 from matcher_service.index.scanner import Guess, Hits, Scanner, unsure
-from matcher_service.index.score import norms, pair_scores, widen
+from matcher_service.index.score import norms, pair_scores
 from matcher_service.terms import Float32, Int64
 
 _GUESS_PRODUCTS_MAX = 1 << 26
