@@ -24,6 +24,7 @@ from rich.console import Console
 
 from benchmarks.galleries import KINDS, Float16, Float32, gallery, probes
 from benchmarks.search import ABOVE_THRESHOLD, bar, true_answer
+from matcher_service import interpreter
 from matcher_service.clock import SystemClock
 from matcher_service.records import encode_gallery
 from matcher_service.settings import IndexSettings
@@ -126,8 +127,10 @@ async def run(args: argparse.Namespace, folder: Path, notes: Console) -> list[di
         gc.collect()
         began = time.perf_counter()
         shard = await LocalShard.open(data, _key, settings, clock, erase_within_s=_ERASE_WITHIN_S)
+        took_s = time.perf_counter() - began
+        interpreter.give_back()
         notes.print(
-            f"ready again in {time.perf_counter() - began:.1f} s from {_size(data) / 2**20:.0f} MiB of files; "
+            f"ready again in {took_s:.1f} s from {_size(data) / 2**20:.0f} MiB of files; "
             f"the process has {_resident_bytes() / len(stored):.0f} bytes per reference"
         )
         await search(shard, "restarted")
@@ -144,6 +147,15 @@ async def run(args: argparse.Namespace, folder: Path, notes: Console) -> list[di
         await search(shard, "compacted")
         await shard.close()
     return results
+
+
+async def swept(args: argparse.Namespace, folder: Path, notes: Console) -> list[dict[str, object]]:
+    """With the interpreter and the allocator as a node has them."""
+    sweeping = asyncio.create_task(interpreter.sweep())
+    try:
+        return await run(args, folder, notes)
+    finally:
+        sweeping.cancel()
 
 
 def withdrawals(rows: NDArray[np.int64], sequence: int, now_ms: int) -> list[LogEntry]:
@@ -207,8 +219,9 @@ def main() -> None:
     args = parser.parse_args()
     notes = Console(stderr=True)
     notes.print(f"seed {args.seed}, {args.threads} threads")
+    interpreter.tune()
     with tempfile.TemporaryDirectory() as folder:
-        results = asyncio.run(run(args, Path(folder), notes))
+        results = asyncio.run(swept(args, Path(folder), notes))
     for row in results:
         if args.json:
             sys.stdout.write(json.dumps(row) + "\n")

@@ -49,10 +49,15 @@ async def sweep() -> None:
     An allocator does not clear what it frees, and templates of probes stood in it. The system clears what it is given
     back: every free page, of which the blocks of a message's templates have one at least.
     """
-    trim = getattr(_C_LIBRARY, "malloc_trim", None)
     while True:
         await asyncio.sleep(GARBAGE_EVERY_S)
         gc.collect()
-        if trim is not None:
-            # Not in the loop's thread: a heap that has grown takes a while, and calls to C let go of the interpreter.
-            await asyncio.to_thread(trim, 0)
+        # Not in the loop's thread: a heap that has grown takes a while, and calls to C let go of the interpreter.
+        await asyncio.to_thread(give_back)
+
+
+def give_back() -> None:
+    """Let the system have every free page, where the C library can."""
+    trim = getattr(_C_LIBRARY, "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -34,7 +34,7 @@ from matcher_service.terms import Float32, Float64, Int64
 FORMAT = 1
 _ALWAYS_ROWS = 64  # rows with the lowest cut-offs, re-scored for every probe
 _ODD_NORM = 1e-3  # a stored row whose norm is off one by more is re-scored always
-_ENCODE_ROWS = 4096
+_ENCODE_ROWS = 1024  # what it takes for them stays below interpreter.LARGE_BLOCK_BYTES
 _SLICE_PROBES = 32  # times a part's rows, and 48 bytes each, bounds what one range search can hold
 _TASKS = 8  # of a scan, at least, where there are so many parts
 _ALONE_PAIRS = 25_000  # up to so many rows times probes one thread is done before a second has begun

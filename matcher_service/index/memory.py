@@ -1,8 +1,7 @@
-"""How much memory the index may hold, what a block of entries would add, and giving back what is free."""
+"""How much memory the index may hold, and what a block of entries would add."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 from pathlib import Path
 
@@ -24,14 +23,6 @@ def machine_bytes() -> int:
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limits = [int(text) for text in map(_text, _CGROUP_LIMITS) if text.isdigit()]
     return min([physical, *limits])
-
-
-def give_back() -> None:
-    """Let the operating system have what was freed. The C library keeps it for the thread that took it, and threads
-    that join segments free what others took: a machine would run out of memory that the budget does not know of."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _text(path: Path) -> str:

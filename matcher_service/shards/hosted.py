@@ -19,6 +19,7 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
+from matcher_service import interpreter
 from matcher_service.errors import MatcherError, ShardUnavailable
 from matcher_service.index.fastscan import one_thread
 from matcher_service.partitions import NO_PARTITIONS
@@ -48,7 +49,7 @@ class HostedShard:
         self._shard: FollowingShard | None = None
         self._refusal = "starting"
         self._loop = asyncio.new_event_loop()
-        self._working: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._thread = threading.Thread(target=self._run, name=f"shard-{name}", daemon=True)
         self._thread.start()
         one_thread()
@@ -78,16 +79,25 @@ class HostedShard:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
-        self._working = self._loop.create_task(self._work())
+        self._tasks = [self._loop.create_task(self._work()), self._loop.create_task(self._sweep())]
         try:
-            self._loop.run_until_complete(asyncio.gather(self._working, return_exceptions=True))
+            self._loop.run_until_complete(asyncio.gather(*self._tasks, return_exceptions=True))
             self._loop.run_until_complete(self._loop.shutdown_default_executor())
         finally:
             self._loop.close()
 
     def _cancel(self) -> None:
-        if self._working is not None:
-            self._working.cancel()
+        for task in self._tasks:
+            task.cancel()
+
+    async def _sweep(self) -> None:
+        """As every process that templates of probes go through; a fault is told, and the shard goes on."""
+        while True:
+            try:
+                await interpreter.sweep()
+            except Exception as fault:
+                _log.critical("sweep_failed", shard=self._name, exc_info=fault)
+                await asyncio.sleep(RETRY_S)
 
     async def _work(self) -> None:
         """Open and follow, again and again, until cancelled: whatever failed, what is on disk and the log remain."""

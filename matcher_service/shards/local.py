@@ -24,7 +24,7 @@ from matcher_service.index.compaction import CompactionBudget
 from matcher_service.index.disk import Disk
 from matcher_service.index.engine import Engine, Erased
 from matcher_service.index.fastscan import one_thread
-from matcher_service.index.memory import budget_bytes, give_back
+from matcher_service.index.memory import budget_bytes
 from matcher_service.index.scanners import Scanners, scanners_for
 from matcher_service.index.search import View
 from matcher_service.index.snapshots import Key, Snapshots
@@ -142,7 +142,6 @@ class LocalShard:
         )
         restored = await asyncio.to_thread(snapshots.restore, log_head)
         engine.restore(restored.sequence, restored.galleries, restored.damaged)
-        give_back()
         return cls(engine, snapshots, opened, settings, clock, erase_within_s)
 
     @property
@@ -215,13 +214,10 @@ class LocalShard:
         rate = self._arrivals.rate(self._engine.rows_added, now)
         rows_max = max(REWRITE_ROWS_MIN, int(ARRIVING_ROWS_MAX * self._rewrite_rows_per_s / max(rate, 1.0)))
         budget = CompactionBudget(min(rows_max, self._segment_rows_max), self._erase_after_ms)
-        quiet = rate < QUIET_ROWS_PER_S
-        rows = self._engine.rewrite_one(budget, self._clock.wall_ms(), quiet=quiet)
+        rows = self._engine.rewrite_one(budget, self._clock.wall_ms(), quiet=rate < QUIET_ROWS_PER_S)
         took = self._clock.monotonic() - now
         if rows >= REWRITE_ROWS_MIN and took > 0:
             self._rewrite_rows_per_s = rows / took
-        if rows and quiet:
-            give_back()  # while rows stream in, they need it again at once
         self._engine.erase_ended()
         more = self._scanners.tend()
         entries = self._engine.sequence - self._snapshot_sequence

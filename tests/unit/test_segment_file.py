@@ -23,8 +23,9 @@ from matcher_service.index.manifest import GalleryFiles, Manifest
 from matcher_service.index.scanners import BySize
 from matcher_service.index.segment import SealedFile, Segment
 from matcher_service.index.segment_file import new_file_id, read_sealed, sealed
-from matcher_service.index.snapshots import Snapshots
+from matcher_service.index.snapshots import Key, Snapshots
 from matcher_service.records import decode_gallery
+from matcher_service.terms import DataKey
 from tests.faulty_disk import FaultyDisk
 from tests.log_writer import NOW_MS, LogWriter, asking
 from tests.one_key import one_key
@@ -153,7 +154,7 @@ def history() -> LogWriter:
     return log
 
 
-def opened(directory: Path) -> tuple[Engine, Snapshots]:
+def opened(directory: Path, key: Key | None = None) -> tuple[Engine, Snapshots]:
     engine = Engine(
         build=BySize().build,
         dimension_of=lambda entry: decode_gallery(entry.record).space.dimension,
@@ -161,7 +162,7 @@ def opened(directory: Path) -> tuple[Engine, Snapshots]:
         memory_bytes_max=10**9,
         tail_rows_max=3,
     )
-    snapshots = Snapshots(FaultyDisk(directory), one_key(KEY), BySize())
+    snapshots = Snapshots(FaultyDisk(directory), key or one_key(KEY), BySize())
     restored = snapshots.restore()
     engine.restore(restored.sequence, restored.galleries, restored.damaged)
     return engine, snapshots
@@ -200,6 +201,34 @@ def test_what_a_rewrite_replaced_is_not_kept_in_memory_for_the_files_sake(tmp_pa
     snapshots.write(snapshot)
     again, _ = opened(tmp_path)
     assert again.status() == engine.status()
+
+
+def test_a_rotation_goes_through_the_files_one_by_one_and_each_directory_between_is_good(tmp_path: Path) -> None:
+    """Law 10: a restart at any moment of it finds nothing damaged."""
+    log, generation = history(), 1
+
+    def key(gallery_id: str, wanted: int = 0) -> DataKey:
+        which = wanted or generation
+        return DataKey(which, bytes([which]) * 32)
+
+    engine, snapshots = opened(tmp_path, key)
+    for count in (4, len(log.entries)):
+        engine.apply(log.entries[:count])
+        snapshot = engine.snapshot()
+        assert snapshot is not None
+        snapshots.write(snapshot)
+    assert len(engine.view.galleries["g"].parts) == 2
+    before, generation = engine.status(), 2
+    rounds = 0
+    while snapshots.outdated:
+        snapshot = engine.snapshot()
+        assert snapshot is not None
+        snapshots.write(snapshot)
+        again, files = opened(tmp_path, key)
+        assert again.status() == before
+        assert files.generations == snapshots.generations
+        rounds += 1
+    assert rounds == 2
 
 
 def answers_after(directory: Path, log: LogWriter, alter: Callable[[Path], None]) -> bool:
