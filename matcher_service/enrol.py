@@ -18,7 +18,15 @@ from matcher_service.access.rates import Rates
 from matcher_service.admission import Admission
 from matcher_service.catalogue import Catalogue
 from matcher_service.clock import LawfulTime
-from matcher_service.errors import Forbidden, MatcherError, NotFound, Overloaded, ReplayBehind, TooLarge
+from matcher_service.errors import (
+    DeadlineExceeded,
+    Forbidden,
+    MatcherError,
+    NotFound,
+    Overloaded,
+    ReplayBehind,
+    TooLarge,
+)
 from matcher_service.metrics import Metrics
 from matcher_service.receipts import EnrolReceipts
 from matcher_service.replay import Following
@@ -43,6 +51,12 @@ T = TypeVar("T")
 
 
 _VALUES_IN_LOOP_MAX = 1 << 18
+
+# While somebody searches, references come in no faster than the index makes codes of them: a search goes through what
+# has none in full, and what it takes for that is missing where codes are made. Single enrolments do not wait.
+UNCODED_ROWS_MAX = 65_536
+PACED_REFERENCES_MIN = 100
+_PACE_S = 0.02
 
 # A withdrawal is acknowledged only when it is obeyed; the caller would rather wait than be told less.
 OBEYED_WITHIN_S = 30.0
@@ -85,6 +99,8 @@ class Writing:
         """
         gallery = policy.gallery_of(message.actor, message.gallery_id, self._catalogue)
         policy.require_comparable(message.space, gallery.space, self._catalogue)
+        if len(message.reference_ids) >= PACED_REFERENCES_MIN:
+            await self._paced(message.deadline)
         with self._admission.admit(message.actor, len(message.reference_ids), message.deadline):
             stuck = self._replay.refusal
             if stuck is not None:
@@ -118,6 +134,16 @@ class Writing:
                     )
         self._metrics.enrolled.inc(receipts.written)
         return reference_rows.in_message(receipts, rows, refusals, len(message.reference_ids))
+
+    async def _paced(self, deadline: float) -> None:
+        """Until the index has room for more rows without codes. Raises DeadlineExceeded if that is not so in time."""
+        while self._shard.uncoded_rows > UNCODED_ROWS_MAX:
+            if self._clock.monotonic() + _PACE_S >= deadline:
+                raise DeadlineExceeded(
+                    "references come in faster than the index can take them; nothing was enrolled",
+                    hint="send fewer messages at a time, or give them a later deadline",
+                )
+            await asyncio.sleep(_PACE_S)
 
     async def withdraw(self, gallery_id: str, reference_ids: Sequence[str], reason: str, actor: Actor) -> Receipt:
         """End the searchability of these references now. Raises NotFound if none of them is live; those that

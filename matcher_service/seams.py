@@ -81,6 +81,12 @@ class Shard(Protocol):
 
     async def status(self) -> ShardStatus: ...
 
+    @property
+    def uncoded_rows(self) -> int:
+        """Rows that searches here go through in full until the background has made codes of them; 0 while nobody
+        searches."""
+        ...
+
 
 class ReplayedShard(Shard, Protocol):
     """A shard in this process, fed by replay."""

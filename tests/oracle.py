@@ -92,6 +92,10 @@ class FlatOracle:
     async def search(self, request: SearchRequest) -> SearchResult:
         return self.search_now(request)
 
+    @property
+    def uncoded_rows(self) -> int:
+        return 0
+
     async def status(self) -> ShardStatus:
         live = {gallery_id: len(rows) for gallery_id, rows in self.galleries.items()}
         return ShardStatus(self.sequence, live, dict.fromkeys(live, 0), 0, 0)

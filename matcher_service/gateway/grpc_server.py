@@ -91,6 +91,8 @@ class GrpcServer:
                 ("grpc.max_send_message_length", -1),
                 ("grpc.http2.bdp_probe", 0),
                 ("grpc.http2.lookahead_bytes", STREAM_WINDOW_BYTES),
+                # With its own 16 KiB a message of probes comes in frames, each of which costs the receiver.
+                ("grpc.http2.max_frame_size", STREAM_WINDOW_BYTES),
                 ("grpc.max_concurrent_streams", limits.streams_max + UNARY_CALLS_MAX),
                 ("grpc.keepalive_time_ms", KEEPALIVE_MS),
                 ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),

@@ -116,6 +116,7 @@ class Engine:
         self._writing = threading.Lock()
         self._states: dict[str, GalleryState] = {}
         self._bytes: dict[str, int] = {}
+        self._uncoded_rows = 0
         self._erased: list[Erased] = []
         self._restored_sequence = 0
         self._changed = False
@@ -150,6 +151,11 @@ class Engine:
     def rows_added(self) -> int:
         """Rows enrolled since the start."""
         return self._rows_added
+
+    @property
+    def uncoded_rows(self) -> int:
+        """Rows in segments that are scanned in full though codes would serve them faster."""
+        return self._uncoded_rows
 
     @property
     def sequence(self) -> int:
@@ -368,6 +374,7 @@ class Engine:
             else:
                 galleries[gallery_id] = state.view()
                 self._bytes[gallery_id] = state.bytes_in_memory()
+        self._uncoded_rows = sum(one.rows for state in self._states.values() for one in state.segments if not one.coded)
         ended, self._ended = self._ended, []
         self._outdated.append((weakref.ref(self._view), ended))
         self._view = View(sequence, galleries)

@@ -8,6 +8,7 @@ lock, and everything would wait for it.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +43,8 @@ ARRIVING_ROWS_MAX = 65_536
 REWRITE_ROWS_MIN = 32_768
 # Below this rate of arrival, in rows/s, segments are joined more eagerly.
 QUIET_ROWS_PER_S = 100.0
+# So long after a search somebody is taken to be searching.
+SEARCHED_S = 2.0
 # Rewriting speed taken for granted until it was measured, in rows/s.
 _REWRITE_ROWS_PER_S = 20_000.0
 # The files are written anew after so many entries, or so long after the first change; sooner if rows must be gone.
@@ -107,6 +110,7 @@ class LocalShard:
         self._snapshot_s = min(SNAPSHOT_S, erase_within_s / 4)
         self._erased_through = engine.erased_through()
         self._closed = False
+        self._searched_at = -math.inf
         searches = min(SEARCHES_AT_ONCE_MAX, len(os.sched_getaffinity(0)))
         self._searching = ThreadPoolExecutor(searches, "search", one_thread)
         self._applying = ThreadPoolExecutor(1, "apply", one_thread)
@@ -149,6 +153,11 @@ class LocalShard:
         return self._engine.sequence
 
     @property
+    def uncoded_rows(self) -> int:
+        searched = self._clock.monotonic() - self._searched_at < SEARCHED_S
+        return self._engine.uncoded_rows if searched else 0
+
+    @property
     def erased_through(self) -> int:
         """The sequence through which no row that had ended is in memory or in any file."""
         return self._erased_through
@@ -165,6 +174,7 @@ class LocalShard:
         return {"index": self._erased_through}
 
     async def search(self, request: SearchRequest) -> SearchResult:
+        self._searched_at = self._clock.monotonic()
         return await self._run(self._searching, lambda: self._engine.search(request))
 
     @property

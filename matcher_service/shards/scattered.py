@@ -306,6 +306,11 @@ class Scattered:
             if not self._awaited:
                 self._hurry.clear()
 
+    @property
+    def uncoded_rows(self) -> int:
+        """None here: shards on Triton follow the log at their own pace, and tell how far they are."""
+        return 0
+
     async def status(self) -> ShardStatus:
         """The rows as last told, of each shard by the replica that has applied most. None are in this process."""
         newest = [
