@@ -63,7 +63,7 @@ async def for_a_while(
 
 
 async def measure(
-    served: Service, references: int, dimension: int, settled_s: float, progress: Progress
+    served: Service, references: int, dimension: int, settled_s: float, alone: bool, progress: Progress
 ) -> dict[str, float]:
     space = SpaceId("bench", 1, dimension)
     prepare(served, space, {"bench": 0.4})
@@ -86,8 +86,10 @@ async def measure(
         MatcherClient(f"127.0.0.1:{served.grpc_port}", served.token) as importing,
         MatcherClient(f"127.0.0.1:{served.grpc_port}", served.token) as probing,
     ):
-        before = await for_a_while(probing, space, probes, settled_s)
+        before = [] if alone else await for_a_while(probing, space, probes, settled_s)
         over = asyncio.Event()
+        if alone:
+            over.set()
         watched = asyncio.create_task(latencies(probing, space, probes, over))
         cpu_before, own_cpu_before = served.cpu_s(), time.process_time()
         began = time.monotonic()
@@ -113,7 +115,7 @@ async def measure(
         cpu_s, own_cpu_s = served.cpu_s() - cpu_before, time.process_time() - own_cpu_before
         over.set()
         during = await watched
-        after = await for_a_while(probing, space, probes, settled_s)
+        after = [] if alone else await for_a_while(probing, space, probes, settled_s)
     result: dict[str, float] = {
         "references": references,
         "dimension": dimension,
@@ -123,9 +125,10 @@ async def measure(
         "client_cpu_us_per_reference": own_cpu_s / references * 1e6,
     }
     for name, values in (("empty", before), ("during", during), ("after", after)):
-        for percent in (50, 99):
-            result[f"search_ms_p{percent}_{name}"] = float(np.percentile(values, percent))
-        result[f"search_ms_max_{name}"] = max(values)
+        if values:
+            for percent in (50, 99):
+                result[f"search_ms_p{percent}_{name}"] = float(np.percentile(values, percent))
+            result[f"search_ms_max_{name}"] = max(values)
     return result
 
 
@@ -134,6 +137,7 @@ def main() -> None:
     parser.add_argument("--references", type=int, default=200_000)
     parser.add_argument("--dimension", type=int, default=512)
     parser.add_argument("--settled-s", type=float, default=5.0, help="seconds of searches before and after the import")
+    parser.add_argument("--alone", action="store_true", help="no searches beside the import, nor before and after it")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     options = parser.parse_args()
     console = Console(stderr=True)
@@ -142,7 +146,7 @@ def main() -> None:
         Progress(console=console) as progress,
         service(Path(folder)) as served,
     ):
-        result = asyncio.run(measure(served, options.references, options.dimension, options.settled_s, progress))
+        result = asyncio.run(measure(served, options.references, options.dimension, options.settled_s, options.alone, progress))
     if options.json:
         print(json.dumps(result))
         return

@@ -20,7 +20,7 @@ GARBAGE_EVERY_S = 20.0
 # How long a thread that only runs Python may keep the interpreter from one that waits for it. A search asks for it
 # back dozens of times, after each piece of arithmetic; with the interpreter's 5 ms it stood still during an import. The
 # codes of new rows, too, are made twice as soon as with half a millisecond.
-SWITCH_INTERVAL_S = 0.0001
+SWITCH_INTERVAL_S = 0.0002
 
 # Blocks from this size on are mapped by themselves and go back to the system when they are freed. The C library's own
 # threshold rises to the largest block ever freed; then a rewritten segment leaves its hole among what outlives it, and

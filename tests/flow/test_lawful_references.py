@@ -84,7 +84,8 @@ class Office:
 
     async def search(self, row: int, status: int = 200, deployment_id: str = "op") -> Any:
         probe = {"probe_id": "p", "template": self.faces[row].tolist(), "captured_at_ms": self.clock.wall_ms()}
-        body = {"space": SPACE, "probes": [probe], "deployment_id": deployment_id}
+        # Longer than a busy machine's disk takes to record an alert.
+        body = {"space": SPACE, "probes": [probe], "deployment_id": deployment_id, "deadline_ms": 30_000}
         answer = await self.ask("POST", "identify", body, status)
         return answer["decisions"][0]["outcome"] if status == 200 else answer
 
