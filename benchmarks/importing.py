@@ -146,7 +146,9 @@ def main() -> None:
         Progress(console=console) as progress,
         service(Path(folder)) as served,
     ):
-        result = asyncio.run(measure(served, options.references, options.dimension, options.settled_s, options.alone, progress))
+        result = asyncio.run(
+            measure(served, options.references, options.dimension, options.settled_s, options.alone, progress)
+        )
     if options.json:
         print(json.dumps(result))
         return
