@@ -1,7 +1,7 @@
 """The largest products of each probe, picked out of blocks of products as these come in.
 
-A block's columns are dealt into groups; the count-th largest of the groups' largest is a cut that at least `count`
-rows reach, and to find it means sorting a sixteenth of the products. Only groups that reach the cut are looked into.
+A block's rows are dealt into groups (`grouped.py`); the count-th largest of the groups' largest is a cut that at least
+`count` rows reach, and to find it means sorting a sixteenth of the products.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from matcher_service.index.grouped import GROUP, Grouped
 from matcher_service.index.score import float32_margin, norms
 from matcher_service.terms import Float32, Int64
 
-_GROUP = 16
 # A probe longer than this might have products that overflow.
 _NORM_MAX = 1e6
 
@@ -38,35 +38,22 @@ class Best:
         self._taken: list[tuple[Int64, Int64, Float32]] = []
         self._lock = threading.Lock()
 
-    def take(self, products: Float32, rows: int) -> None:
-        """Products, float32 [n, m], of all probes with the rows from `rows` on."""
-        step = next(step for step in (_GROUP, 4, 1) if step == 1 or products.shape[1] >= 4 * step * self._count)
-        groups = products.shape[1] // step
-        grouped = groups * step
-        largest = products if step == 1 else products[:, :grouped].reshape(len(products), step, groups).max(axis=1)
-        if grouped < products.shape[1]:
-            largest = np.concatenate([largest, products[:, grouped:]], axis=1)
-        reached = largest >= self._cuts[:, None]
-        some = np.flatnonzero(reached.any(axis=1))
+    def take(self, products: Float32, first: int) -> None:
+        """Products, float32 [m, n], of the rows from `first` on with all probes."""
+        size = next(size for size in (GROUP, 4, 1) if size == 1 or len(products) >= 4 * size * self._count)
+        grouped = Grouped(products, size)
+        some = np.flatnonzero((grouped.largest >= self._cuts).any(axis=0))
         if not some.size:
             return
-        largest = largest[some]
-        cuts = self._raise(some, largest)
-        which, group = np.nonzero(largest >= cuts[:, None])
-        members = np.arange(step)
-        # A column past the groups is one by itself.
-        columns = np.where(
-            group[:, None] < groups, group[:, None] + groups * members, grouped + group[:, None] - groups
-        )
-        values = products[some[which][:, None], columns]
-        near = values >= cuts[which][:, None]
-        near[:, 1:] &= group[:, None] < groups
-        pair, member = np.nonzero(near)
+        cuts = np.full(len(self._cuts), np.inf, np.float32)
+        cuts[some] = self._raise(some, grouped.largest[:, some].T)
+        which, rows, values = grouped.members(grouped.largest >= cuts)
+        near = values >= cuts[which]
         with self._lock:
-            self._taken.append((some[which[pair]], columns[pair, member] + rows, values[pair, member]))
+            self._taken.append((which[near], rows[near] + first, values[near]))
 
     def _raise(self, some: Int64, largest: Float32) -> Float32:
-        """The cuts of some probes, after these products of different rows."""
+        """The cuts of some probes, after these products of different rows, float32 [s, g]."""
         with self._lock:
             both = np.concatenate([self._top[some], largest], axis=1)
             top = np.partition(both, both.shape[1] - self._count, axis=1)[:, both.shape[1] - self._count :]

@@ -2,21 +2,20 @@
 
 The costs are those of one of two busy threads, in nanoseconds, measured on an x86 core with AVX-512 at 512
 dimensions and scaled with the dimension; only their ratios matter. What a filter costs is its pass over the codes and
-the products of the rows that it takes. How many it will take follows from a probe's cosines with some stored rows;
-for few rows and probes, where that would cost more than it tells, from those of stored rows with each other.
+the products of the rows that it takes. How many it will take follows from its parts' cut-offs and a probe's cosines
+with some stored rows; for few rows and probes, where that would cost more than it tells, from those of stored rows with
+each other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr
 
-from matcher_service.index import certificate
 from matcher_service.index.codes import blocks_for
 from matcher_service.terms import Float32, Float64, Int64
 
@@ -26,27 +25,29 @@ ROWS_MIN = 2000
 _SAMPLE_PROBES = 256
 _DUPLICATE = 0.9
 _SAMPLE_ROWS = 8192
-_FLOORS = 101  # floors, from 0 to 1, for which the shares are predicted
+FLOORS: Float32 = np.linspace(0, 1, 101, dtype=np.float32)  # for which the shares are predicted
 _LOOKED_AT_MAX = 1024  # stored rows that a probe is compared with before a scan
 _LOOK_PAIRS_MIN = 50_000  # rows times probes from which on the look pays
 
 _PASS_NS = 0.34  # of a pass, per row, beside its tables
 _TABLE_NS = 0.0147  # per row and table
-_TAKEN_NS = 1.2  # per row taken and dimension: mostly the time in which memory answers, with two that ask it
+_TAKEN_NS = 0.8  # per row taken and dimension: mostly the time in which memory answers, with two that ask it
 _START_NS = 120_000  # that a filter takes to begin, however few its rows
 _FEW_NS = 0.11  # of a full scan of few probes, per row, dimension and probe
-_CONVERT_NS = 0.45  # of a full scan of many, per row and dimension, whatever the number of probes
-_PRODUCT_NS = 0.028  # and per row, dimension and probe
+_CONVERT_NS = 0.35  # of a full scan of many, per row and dimension, whatever the number of probes
+_PRODUCT_NS = 0.023  # and per row, dimension and probe
 _WIDE_NS = 0.12  # of a full scan of rows that are float32 already, per row and dimension, beside the products
 _GUESS_NS = 600_000  # of a guess by codes, per probe, beside half a pass: after it comes a scan, after a full one none
 
 
 class Rate(NamedTuple):
-    """A code: its number of look-up tables, and the means of its rows' a and b (`certificate.factors`)."""
+    """A code: its number of look-up tables, the means of its rows' a and b (`certificate.factors`), and what the
+    estimate of each of its parts has to reach for each of `FLOORS`, float64 [p, len(FLOORS)]."""
 
     tables: int
     along: float
     across: float
+    cut_offs: Float64
 
 
 def blocks(dimension: int) -> tuple[int, ...]:
@@ -88,18 +89,12 @@ def looked_at(stored: NDArray[np.float16]) -> Float32:
     return stored[np.linspace(0, max(0, rows - 1), count).astype(np.int64)].astype(np.float32)
 
 
-@lru_cache(maxsize=64)
-def taken_shares(along: float, across: float, dimension: int) -> Float32:
-    """The chance that a row is taken, float32 [floor, cosine]: floors in hundredths, cosines in `BINS`. Read-only:
-    it is shared."""
-    tail = certificate.tail(dimension)
+def taken_shares(rate: Rate, dimension: int) -> Float32:
+    """The chance that a row is taken, float32 [len(FLOORS), BINS], for the cosines in the middle of the bins."""
     centres = (np.arange(BINS) + 0.5) * (2 / BINS) - 1
-    floors = np.arange(_FLOORS)[:, None] / (_FLOORS - 1)
-    spread = np.maximum(across * np.sqrt(1 - centres**2) / np.sqrt(dimension - 1), 1e-9)
-    cut_offs = floors * along - np.sqrt(1 - floors * floors) * across * tail
-    shares: Float32 = ndtr((centres * along - cut_offs) / spread).astype(np.float32)
-    shares.setflags(write=False)
-    return shares
+    spread = np.maximum(rate.across * np.sqrt(1 - centres**2) / np.sqrt(dimension - 1), 1e-9)
+    taken = ndtr((centres * rate.along - rate.cut_offs[:, :, None]) / spread)
+    return np.asarray(taken.sum(axis=0) / max(1, len(rate.cut_offs)), np.float32)
 
 
 class Costs:
@@ -125,8 +120,8 @@ class Costs:
         self._blocks = np.array([*rates, 0], np.int64)
         self._taken_ns = dimension * _TAKEN_NS
         self._pass = np.array([_PASS_NS + _TABLE_NS * rate.tables for rate in rates.values()])
-        self._shares = [taken_shares(round(rate.along, 2), round(rate.across, 2), dimension) for rate in rates.values()]
-        self._usual = np.array([shares @ cosines for shares in self._shares]).reshape(len(rates), _FLOORS)
+        self._shares = [taken_shares(rate, dimension) for rate in rates.values()]
+        self._usual = np.array([shares @ cosines for shares in self._shares]).reshape(len(rates), FLOORS.size)
 
     def whole(self, batch: int) -> float:
         """Of a full scan for one of `batch` probes."""
@@ -153,7 +148,7 @@ class Costs:
         batch = len(probes)
         if len(self._blocks) == 1 or not batch:
             return np.zeros(batch, np.int64)
-        steps = np.minimum(floors * (_FLOORS - 1), _FLOORS - 1).astype(np.int64)
+        steps = np.minimum(floors * (FLOORS.size - 1), FLOORS.size - 1).astype(np.int64)
         looks = batch * self._rows >= _LOOK_PAIRS_MIN
         share = self._seen(probes, probe_norms, steps) if looks else self._usual[:, steps]
         coded = self._pass[:, None] + self._taken_ns * share
@@ -180,4 +175,4 @@ class Costs:
         return float(2 / BINS * np.count_nonzero(above >= count) - 1)
 
     def bytes_in_memory(self) -> int:
-        return int(self._sample.nbytes)
+        return int(self._sample.nbytes + sum(shares.nbytes for shares in self._shares))

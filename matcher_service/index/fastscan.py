@@ -24,11 +24,12 @@ from matcher_service.halves import widen
 from matcher_service.index import certificate, choose
 from matcher_service.index.codes import Codes, CodesBuilder, blocks_for, packed_size
 from matcher_service.index.flat import FlatScanner, Found, gather, side_by_side
+from matcher_service.index.grouped import not_below
 from matcher_service.index.products import Products
 from matcher_service.index.refined import Refined
 from matcher_service.index.rotation import Rotation, draw_rotation
 from matcher_service.index.scanner import Guess, Hits, Scanner, Tally, unsure
-from matcher_service.index.score import float32_margin, norms, not_below, pair_scores
+from matcher_service.index.score import float32_margin, norms, pair_scores
 from matcher_service.terms import Float32, Float64, Int64
 
 FORMAT = 1
@@ -79,12 +80,13 @@ class FastScanScanner:
         self._executor = executor
         self._whole = FlatScanner(stored, executor, self._norm_max, wide)
         self._listed: Float32 = stored[self._always].astype(np.float32)
+        sample = choose.looked_at(stored)
         self._costs = choose.Costs(
             self.rows,
             self._dimension,
             np.asarray(state["cosines"], np.float64),
-            {block: choose.Rate(codes.tables, *codes.typical[:2]) for block, codes in self._codes.items()},
-            choose.looked_at(stored),
+            {block: self._rate(codes, sample) for block, codes in self._codes.items()},
+            sample,
             wide is not None,
         )
 
@@ -205,7 +207,7 @@ class FastScanScanner:
         products = (least[:, None] * lower).astype(np.float32)
         found = self._near(block, probes, rotated, products, (cut_offs * lower).astype(np.float32))
         if self._always.size:
-            which, row = not_below(probes @ self._listed.T, products[:, 0])
+            which, row = not_below(self._listed @ probes.T, products[:, 0])
             found.append((which, self._always[row]))
         which = np.concatenate([one[0] for one in found]) if found else numbers[:0]
         rows = np.concatenate([one[1] for one in found]) if found else numbers[:0]
@@ -230,6 +232,16 @@ class FastScanScanner:
                 run = parts[first : first + step]
                 tasks.append(_near_task(refined, run, kept[some], rotated[some], cut_offs[:, some], start, tally))
         return self._run(tasks, self.rows * len(probes))
+
+    def _rate(self, codes: Codes, sample: Float32) -> choose.Rate:
+        """What is known of a code before any probe comes, with rows of the sample, float32 [m, d], in their place."""
+        probes = np.resize(sample, (choose.FLOORS.size, self._dimension))
+        probes /= np.maximum(np.linalg.norm(probes, axis=1, keepdims=True), _CUT_MIN)
+        cut_offs, floor_of_tables = self._cut_offs(codes, choose.FLOORS, np.ones(len(probes)), self._rotation(probes))
+        # Where the kernel could not serve a probe, every row will be gone through.
+        served = cut_offs.min(axis=0, initial=np.inf) > np.maximum(floor_of_tables, _CUT_MIN)
+        along, across = codes.typical[:2].tolist()
+        return choose.Rate(codes.tables, along, across, np.where(served, cut_offs, -np.inf))
 
     def _cut_offs(
         self, codes: Codes, floors: Float32, probe_norms: Float64, rotated: Float32

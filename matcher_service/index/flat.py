@@ -16,12 +16,15 @@ from numpy.typing import NDArray
 
 from matcher_service.halves import widen
 from matcher_service.index.best import Best, beyond, picked_of
+from matcher_service.index.grouped import not_below
 from matcher_service.index.products import Products
 from matcher_service.index.scanner import Guess, Hits, Tally
-from matcher_service.index.score import float32_margin, norms, not_below, pair_scores
+from matcher_service.index.score import float32_margin, norms, pair_scores
 from matcher_service.terms import Float32, Int64
 
 _BLOCK_ROWS = 1024  # rows of one product: 2 MiB at 512 dimensions, so that they stay in the cache
+_SMALL_ROWS = 128  # of one product with few probes: BLAS multiplies small matrices without making copies of them
+_SMALL_PROBES = 24
 _WIDEN_ROWS = 256  # rows turned to float32 at once: they stay in the cache meanwhile
 _PROBES_MAX = 1024
 _FEW_PROBES = 4  # up to here one product after another costs less than to turn rows into float32
@@ -29,8 +32,7 @@ _FEW_PROBES_WIDE = 3  # and less than to read rows that are float32 already, whi
 _FEW_ROWS_MIN = 4096  # of those; fewer stay in the cache nearest to a core
 _FEW_HITS = 128  # rows that a probe may reach in a run of rows before all of these are gone through once more
 _RUN_ROWS_MAX = 16_384
-_ROWS_FIRST_PROBES = 32  # up to here BLAS is faster at rows times probes than at probes times rows
-_PRODUCTS_AT_ONCE = 1 << 19  # 2 MiB, so that they stay in the cache; to look at fewer costs as much
+_PRODUCTS_AT_ONCE = 1 << 20  # 4 MiB, so that they stay in the last cache; to look at fewer costs as much
 _ALONE_PAIRS = 5_000  # up to so many rows times probes one thread is done before a second has begun
 _ALONE_SCORES = 256  # the same of exact scores
 
@@ -108,7 +110,8 @@ class FlatScanner:
         else:
             best = Best(len(probes), wanted)
             if wanted > 0 and len(probes):
-                self._run([_best_task(self, best, start, probes) for start in self._starts], len(probes))
+                columns = np.ascontiguousarray(probes.T)
+                self._run([_best_task(self, best, start, columns) for start in self._starts], len(probes))
             picked = best.picked()
         scores = self._scores(picked.rows, probes, picked.probes)
         hits = gather([Found(picked.probes, picked.rows, scores)], np.zeros(len(probes), np.bool_))
@@ -132,24 +135,24 @@ class FlatScanner:
         found, rows = self.products[start // self._starts.step].best(probes, min(count, run.stop - start))
         return found, np.where(rows >= 0, rows + start, rows)
 
-    def blocks_of_run(self, start: int, probes: Float32) -> Iterator[tuple[int, Float32]]:
-        """The products of a run, float32 [n, m], some rows after the others, with the first of them. To be used before
-        the next are asked for."""
+    def blocks_of_run(self, start: int, columns: Float32) -> Iterator[tuple[int, Float32]]:
+        """The products of a run with probes, float32 [d, n]: float32 [m, n], some rows after the others, with the first
+        of them. To be used before the next are asked for."""
         run = self.run_of(start)
-        room = np.empty((min(_BLOCK_ROWS, run.stop - start) if self._wide is None else 0, probes.shape[1]), np.float32)
-        at_once = max(1, _PRODUCTS_AT_ONCE // (_BLOCK_ROWS * len(probes))) * _BLOCK_ROWS
-        held = np.empty((len(probes), min(at_once, run.stop - start)), np.float32)
+        dimension, count = columns.shape
+        room = np.empty((min(_BLOCK_ROWS, run.stop - start) if self._wide is None else 0, dimension), np.float32)
+        at_once = max(1, _PRODUCTS_AT_ONCE // (_BLOCK_ROWS * count)) * _BLOCK_ROWS
+        held = np.empty((min(at_once, run.stop - start), count), np.float32)
         for first in range(start, run.stop, at_once):
             last = min(first + at_once, run.stop)
             for begin in range(first, last, _BLOCK_ROWS):
                 here = slice(begin, min(begin + _BLOCK_ROWS, last))
                 rows = _widened(self._stored[here], room) if self._wide is None else self._wide[here]
-                products = held[:, here.start - first : here.stop - first]
-                if len(probes) <= _ROWS_FIRST_PROBES:
-                    products[:] = (rows @ probes.T).T
-                else:
-                    products[:] = probes @ rows.T
-            yield first, held[:, : last - first]
+                step = _SMALL_ROWS if count <= _SMALL_PROBES else len(rows)
+                for some in range(0, len(rows), step):
+                    place = begin - first + some
+                    np.matmul(rows[some : some + step], columns, out=held[place : place + min(step, len(rows) - some)])
+            yield first, held[: last - first]
 
     def _scan(self, probes: Float32, floors: Float32) -> Found:
         if not len(probes) or not self.rows:
@@ -162,9 +165,10 @@ class FlatScanner:
         near: list[tuple[Int64, Int64]] = []
         tally = Tally(len(probes))
         for first in range(0, len(probes), _PROBES_MAX):
-            some = slice(first, first + _PROBES_MAX)
-            tasks = [_near_task(self, start, few, probes[some], cuts[some], tally) for start in self._starts]
-            near.extend((which + first, rows) for which, rows in self._run(tasks, len(probes[some])))
+            some = probes[first : first + _PROBES_MAX]
+            columns, cut = np.ascontiguousarray(some.T), cuts[first : first + _PROBES_MAX]
+            tasks = [_near_task(self, start, some if few else None, columns, cut, tally) for start in self._starts]
+            near.extend((which + first, rows) for which, rows in self._run(tasks, len(some)))
         which = np.concatenate([one[0] for one in near])
         rows = np.concatenate([one[1] for one in near])
         scores = pair_scores(self._stored, rows, probes, which)
@@ -182,19 +186,20 @@ class FlatScanner:
 
 
 def _near_task(
-    scanner: FlatScanner, start: int, few: bool, probes: Float32, cuts: Float32, tally: Tally
+    scanner: FlatScanner, start: int, few: Float32 | None, columns: Float32, cuts: Float32, tally: Tally
 ) -> Callable[[], tuple[Int64, Int64]]:
-    """Finds, among the rows of a run, the pairs whose float32 product is not below its cut."""
+    """Finds, among the rows of a run, the pairs whose float32 product is not below its cut. `columns` float32 [d, n];
+    `few` the same probes, float32 [n, d], where they are few and hardly a row will reach its cut."""
 
     def task() -> tuple[Int64, Int64]:
-        if few:
-            best, row = scanner.best_of_run(start, probes, _FEW_HITS)
+        if few is not None:
+            best, row = scanner.best_of_run(start, few, _FEW_HITS)
             if best.shape[1] < _FEW_HITS or not (best[:, -1] >= cuts).any():
                 which, place = np.nonzero((best >= cuts[:, None]) & (row >= 0))
                 return which, row[which, place]
         which_of: list[Int64] = []
         rows_of: list[Int64] = []
-        for first, products in scanner.blocks_of_run(start, probes):
+        for first, products in scanner.blocks_of_run(start, columns):
             probe, row = not_below(products, cuts)
             tally.add(row.size)
             which_of.append(probe)
@@ -204,11 +209,11 @@ def _near_task(
     return task
 
 
-def _best_task(scanner: FlatScanner, best: Best, start: int, probes: Float32) -> Callable[[], None]:
-    """Shows `best` the products of a run."""
+def _best_task(scanner: FlatScanner, best: Best, start: int, columns: Float32) -> Callable[[], None]:
+    """Shows `best` the products of a run with probes, float32 [d, n]."""
 
     def task() -> None:
-        for first, products in scanner.blocks_of_run(start, probes):
+        for first, products in scanner.blocks_of_run(start, columns):
             best.take(products, first)
 
     return task

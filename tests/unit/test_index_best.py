@@ -31,7 +31,7 @@ def test_law_2_all_that_reach_the_cut_are_picked_and_at_least_as_many_as_wanted(
     with ThreadPoolExecutor(2) as threads:
         list(
             threads.map(
-                lambda run: best.take(np.ascontiguousarray(products[:, run[0] : run[1]]), run[0]),
+                lambda run: best.take(np.ascontiguousarray(products[:, run[0] : run[1]].T), run[0]),
                 pairwise(starts),
             )
         )
@@ -62,7 +62,7 @@ def test_law_2_no_score_of_a_row_that_was_left_is_beyond_the_limit(seed: int, le
     stored = (draw.standard_normal((400, 64)) / 8).astype(np.float16)
     probes = (draw.standard_normal((3, 64)) * length).astype(np.float32)
     best = Best(3, 5)
-    best.take(probes @ stored.astype(np.float32).T, 0)
+    best.take(stored.astype(np.float32) @ probes.T, 0)
     picked = best.picked()
     limits = beyond(picked.cuts, probes, float(np.linalg.norm(stored.astype(np.float64), axis=1).max()))
     for probe in range(3):

@@ -5,10 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from matcher_service.index import choose
+from matcher_service.index import certificate, choose
+from matcher_service.index.fastscan import build_fastscan
 from matcher_service.terms import Float32
 
-RATES = {5: choose.Rate(102, 0.569, 0.496), 2: choose.Rate(256, 0.892, 0.311)}
+
+def rate_of(tables: int, along: float, across: float) -> choose.Rate:
+    """One part whose rows are all alike, and tables that are not rounded."""
+    floors = choose.FLOORS.astype(np.float64)
+    cut_offs = floors * along - np.sqrt(1 - floors**2) * across * certificate.tail(512)
+    return choose.Rate(tables, along, across, cut_offs[None])
+
+
+RATES = {5: rate_of(102, 0.569, 0.496), 2: rate_of(256, 0.892, 0.311)}
 
 
 def isotropic(rows: int = 3000, dimension: int = 512) -> np.ndarray:
@@ -60,12 +69,30 @@ def test_a_probe_amid_a_crowd_is_told_by_the_rows_it_is_compared_with() -> None:
 
 
 def test_the_share_taken_falls_with_the_floor_and_with_the_rate_and_rises_with_the_cosine() -> None:
-    coarse, fine = (choose.taken_shares(rate.along, rate.across, 512) for rate in RATES.values())
+    coarse, fine = (choose.taken_shares(rate, 512) for rate in RATES.values())
     assert (np.diff(coarse, axis=0) <= 0).all()
     assert (np.diff(coarse, axis=1) >= 0).all()
     unrelated = choose.BINS // 2
     for floor in (20, 30, 40):
         assert coarse[floor, unrelated] > 2 * fine[floor, unrelated]
+
+
+@pytest.mark.parametrize("floor", [0.2, 0.22])
+def test_the_rows_that_a_filter_takes_are_foreseen(floor: float) -> None:
+    """Within a factor of two: the choice between a filter and a full scan rests on it."""
+    stored = isotropic(20_000)
+    scanner = build_fastscan(stored, blocks=(2,), entropy=3)
+    probes = isotropic(20_064)[20_000:].astype(np.float32)
+    floors = np.full(64, floor, np.float32)
+    rotated = scanner._rotation(probes)
+    cut_offs, _ = scanner._cut_offs(scanner._codes[2], floors, np.ones(64), rotated)
+    taken = sum(
+        int(scanner._codes[2].near(part, rotated / cut_offs[part, :, None].astype(np.float32))[0][-1])
+        for part in range(scanner._codes[2].parts)
+    )
+    steps = np.round(floors * 100).astype(np.int64)
+    foreseen = float(scanner._costs._seen(probes, np.ones(64), steps)[0].sum()) * len(stored)
+    assert foreseen / 2 <= taken <= 2 * foreseen
 
 
 def test_near_duplicates_do_not_count_as_what_a_probe_usually_meets() -> None:
