@@ -3,12 +3,16 @@
 PostgreSQL, one Triton server with one shard of all references, one gateway, each a real process; and in this process
 the same engine over the same log. Both are driven with the same probes in turns, each turn of one between two of the
 other, so that what else the machine does falls on both. The answers are compared before anything is timed.
+
+The gateway keeps the shard at work on two batches at once, so the engine is timed with one caller and with as many
+callers as it searches for at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import statistics
@@ -32,13 +36,14 @@ from rich.console import Console
 from benchmarks import closed_loop
 from benchmarks.galleries import gallery, probes
 from benchmarks.served import Service, enrol, prepare, service
+from matcher_service import interpreter
 from matcher_service.clock import SystemClock
 from matcher_service.gallery.postgres import open_postgres_log
 from matcher_service.index.fastscan import one_thread
 from matcher_service.partitions import ALL_PARTITIONS
 from matcher_service.settings import IndexSettings, StorageSettings
 from matcher_service.shards.exchange import MODEL
-from matcher_service.shards.local import LocalShard
+from matcher_service.shards.local import LocalShard, searches_at_once
 from matcher_service.terms import SearchRequest, SpaceId
 from matcher_service.wire import matcher_pb2 as pb
 from tests.cluster.farm import Farm, farm
@@ -55,7 +60,8 @@ STATIONS = ("policy", "template_adapter", "shards", "shard_engine", "audit")
 class Row(NamedTuple):
     """Rates in probes/s, the median over the rounds; `stations_ms` per batch, as the gateway measured them. Of
     `shards`, the call of the shard as the gateway sees it, `shard_engine` is the search itself. `cpu_ms` is processor
-    time per batch, of each process on the way, and of the engine when it is called in process."""
+    time per batch, of each process on the way, and of the engine when it is called in process. `engine` is called again
+    as soon as it has answered; `engine_busy` by several callers at once."""
 
     path: str
     references: int
@@ -65,6 +71,8 @@ class Row(NamedTuple):
     probes_per_second: float
     engine_probes_per_second: float
     ratio: float
+    engine_busy_probes_per_second: float
+    ratio_busy: float
     stations_ms: dict[str, float]
     cpu_ms: dict[str, float]
 
@@ -122,12 +130,17 @@ class Spent:
         return {name: (spent - self._before[name]) / batches * 1000 for name, spent in self._now().items()}
 
 
-async def engine_rate(shard: LocalShard, asked: list[SearchRequest], seconds: float) -> float:
-    """Probes/s of one caller after whose answer comes the next call."""
-    began, done = time.perf_counter(), 0
-    while (now := time.perf_counter()) - began < seconds or not done:
-        done += len((await shard.search(asked[(done // len(asked[0].probes)) % len(asked)])).offsets) - 1
-    return done / (time.perf_counter() - began) if now else 0.0
+async def engine_rate(shard: LocalShard, asked: list[SearchRequest], seconds: float, callers: int = 1) -> float:
+    """Probes/s of callers each of whom calls again when it has its answer."""
+    began, calls, done = time.perf_counter(), itertools.count(), 0
+
+    async def call() -> None:
+        nonlocal done
+        while time.perf_counter() - began < seconds or not done:
+            done += len((await shard.search(asked[next(calls) % len(asked)])).offsets) - 1
+
+    await asyncio.gather(*(call() for _ in range(callers)))
+    return done / (time.perf_counter() - began)
 
 
 async def engine_cpu_ms(shard: LocalShard, asked: list[SearchRequest]) -> float:
@@ -212,12 +225,14 @@ async def measure(args: argparse.Namespace, made: Farm, shard_name: str, folder:
             bodies = [closed_loop.protobuf_request(space, one.probes) for one in asked]
             await cluster_rate(args, served, bodies)
             before, rates, ratios, spent = station_sums(served), [], [], []
-            engine = [await engine_rate(shard, asked, args.seconds)]
+            engine, busy, ratios_busy = [await engine_rate(shard, asked, args.seconds)], [], []
             for _ in range(args.rounds):
                 spending = Spent(made, served)
                 rates.append(await cluster_rate(args, served, bodies))
                 # The warm-up is in the processor time, so it counts as if it ran at the same rate.
                 spent.append(spending.ms_per_batch(rates[-1] * (args.seconds + args.warm_up) / batch))
+                busy.append(await engine_rate(shard, asked, args.seconds, searches_at_once()))
+                ratios_busy.append(rates[-1] / busy[-1])
                 engine.append(await engine_rate(shard, asked, args.seconds))
                 ratios.append(rates[-1] / ((engine[-2] + engine[-1]) / 2))
             after = station_sums(served)
@@ -231,6 +246,8 @@ async def measure(args: argparse.Namespace, made: Farm, shard_name: str, folder:
                     statistics.median(rates),
                     statistics.median(engine),
                     statistics.median(ratios),
+                    statistics.median(busy),
+                    statistics.median(ratios_busy),
                     {name: _mean_ms(before.get(name, (0, 0)), after.get(name, (0, 0))) for name in STATIONS},
                     {name: statistics.median(one[name] for one in spent) for name in spent[0]}
                     | {"engine": await engine_cpu_ms(shard, asked)},
@@ -247,10 +264,12 @@ def _mean_ms(before: tuple[float, float], after: tuple[float, float]) -> float:
 
 def markdown(rows: list[Row]) -> str:
     lines = [
-        "| batch | gateway + Triton, probes/s | engine in process, probes/s | ratio |",
-        "|--:|--:|--:|--:|",
+        "| batch | gateway + Triton, probes/s | engine in process, one caller, probes/s | ratio "
+        "| engine in process, several callers, probes/s | ratio |",
+        "|--:|--:|--:|--:|--:|--:|",
         *(
-            f"| {row.batch} | {row.probes_per_second:,.0f} | {row.engine_probes_per_second:,.0f} | {row.ratio:.2f} |"
+            f"| {row.batch} | {row.probes_per_second:,.0f} | {row.engine_probes_per_second:,.0f} | {row.ratio:.2f} "
+            f"| {row.engine_busy_probes_per_second:,.0f} | {row.ratio_busy:.2f} |"
             for row in rows
         ),
         "",
@@ -288,6 +307,7 @@ def main() -> int:
     args = parse()
     notes = Console(stderr=True)
     one_thread()
+    interpreter.tune()  # as the shard is
     try:
         environment = server_environment()
         with farm(environment, [{MODEL: ALL_PARTITIONS}]) as made, tempfile.TemporaryDirectory() as folder:

@@ -34,9 +34,9 @@ _TABLE_NS = 0.0147  # per row and table
 _TAKEN_NS = 0.8  # per row taken and dimension: mostly the time in which memory answers, with two that ask it
 _START_NS = 120_000  # that a filter takes to begin, however few its rows
 _FEW_NS = 0.11  # of a full scan of few probes, per row, dimension and probe
-_CONVERT_NS = 0.35  # of a full scan of many, per row and dimension, whatever the number of probes
-_PRODUCT_NS = 0.023  # and per row, dimension and probe
-_WIDE_NS = 0.12  # of a full scan of rows that are float32 already, per row and dimension, beside the products
+_CONVERT_NS = 0.75  # of a full scan of many, per row and dimension, whatever the number of probes: BLAS copies it too
+_PRODUCT_NS = 0.021  # and per row, dimension and probe
+_WIDE_NS = 0.45  # the same of rows that are float32 already
 _GUESS_NS = 600_000  # of a guess by codes, per probe, beside half a pass: after it comes a scan, after a full one none
 
 

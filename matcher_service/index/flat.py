@@ -27,12 +27,11 @@ _SMALL_ROWS = 128  # of one product with few probes: BLAS multiplies small matri
 _SMALL_PROBES = 24
 _WIDEN_ROWS = 256  # rows turned to float32 at once: they stay in the cache meanwhile
 _PROBES_MAX = 1024
-_FEW_PROBES = 4  # up to here one product after another costs less than to turn rows into float32
-_FEW_PROBES_WIDE = 3  # and less than to read rows that are float32 already, which are twice as many bytes
-_FEW_ROWS_MIN = 4096  # of those; fewer stay in the cache nearest to a core
+_FEW_PROBES = 4  # up to here one product after another costs less than to turn rows into float32, or to read those
+_FEW_ROWS_MIN = 4096  # that are float32 already; fewer stay in the cache nearest to a core
 _FEW_HITS = 128  # rows that a probe may reach in a run of rows before all of these are gone through once more
 _RUN_ROWS_MAX = 16_384
-_PRODUCTS_AT_ONCE = 1 << 20  # 4 MiB, so that they stay in the last cache; to look at fewer costs as much
+_PRODUCTS_AT_ONCE = 1 << 19  # 2 MiB: below interpreter.LARGE_BLOCK_BYTES; to look at fewer costs as much
 _ALONE_PAIRS = 5_000  # up to so many rows times probes one thread is done before a second has begun
 _ALONE_SCORES = 256  # the same of exact scores
 
@@ -92,9 +91,7 @@ class FlatScanner:
         self._executor = executor
         half = -(-self.rows // (2 * _BLOCK_ROWS)) * _BLOCK_ROWS
         self._starts = range(0, self.rows, max(1, min(_RUN_ROWS_MAX, half)))
-        self._few_probes = _FEW_PROBES
-        if wide is not None:
-            self._few_probes = _FEW_PROBES_WIDE if self.rows >= _FEW_ROWS_MIN else 0
+        self._few_probes = _FEW_PROBES if wide is None or self.rows >= _FEW_ROWS_MIN else 0
 
     def scan(self, probes: Float32, floors: Float32) -> Hits:
         return gather([self._scan(probes, floors)], np.zeros(len(probes), np.bool_))

@@ -36,6 +36,11 @@ def refusal(backend: Any, error: MatcherError) -> Any:
     return backend.InferenceResponse(error=backend.TritonError(f"[{error.cause}] {error}"))
 
 
+def failure(backend: Any, fault: Exception) -> Any:
+    """What a request is told that failed for no fault of its own; the log says more."""
+    return backend.InferenceResponse(error=backend.TritonError(f"failed unexpectedly: {type(fault).__name__}"))
+
+
 def named(backend: Any, tensors: Mapping[str, np.ndarray]) -> Any:
     """The response with these tensors."""
     return backend.InferenceResponse([backend.Tensor(name, values) for name, values in tensors.items()])

@@ -1,7 +1,8 @@
 """A following shard in a process that is not asyncio's own, such as the one that Triton's Python backend makes.
 
-A thread of its own runs the event loop in which the shard follows its log. Whoever answers requests, one at a time,
-searches in the calling thread: between a request and the engine there is no queue and no other thread.
+A thread of its own runs the event loop in which the shard follows its log. Requests are answered in threads for
+searches, as many at once as in one process without Triton: while one is read, merged or sent, another keeps the cores
+busy. One more waits here, so that a free thread finds work; all others wait with whoever brings them.
 
 Opening can take long and can fail for a while: the log is not there yet, the keys are not mounted. Until it has
 succeeded, and after a failure, every answer says why, and answers for no partition.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
 
@@ -25,6 +27,7 @@ from matcher_service.index.fastscan import one_thread
 from matcher_service.partitions import NO_PARTITIONS
 from matcher_service.shards.exchange import ShardAnswer, ShardState, answer_tensors, request_of
 from matcher_service.shards.following import FollowingShard, OpenLog
+from matcher_service.shards.local import searches_at_once
 from matcher_service.terms import SearchRequest, SearchResult
 
 # A shard, opened, and how to open the log that it is to follow. Left again when the shard ends, in whatever way.
@@ -52,10 +55,30 @@ class HostedShard:
         self._tasks: list[asyncio.Task[None]] = []
         self._thread = threading.Thread(target=self._run, name=f"shard-{name}", daemon=True)
         self._thread.start()
-        one_thread()
+        searches = searches_at_once()
+        self._room = threading.BoundedSemaphore(searches + 1)
+        self._answering = ThreadPoolExecutor(searches, "search", one_thread)
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Do the work of a request, which is to call `answer` and to answer whatever happens, in a thread for searches.
+        Waits while there is no room."""
+        self._room.acquire()
+        try:
+            self._answering.submit(self._worked, work)
+        except BaseException:
+            self._room.release()
+            raise
+
+    def _worked(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as fault:
+            _log.critical("request_not_answered", shard=self._name, exc_info=fault)
+        finally:
+            self._room.release()
 
     def answer(self, tensors: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """The tensors that answer a request; called by the thread that made this. Raises MatcherError."""
+        """The tensors that answer a request; from any thread but the loop's. Raises MatcherError."""
         asked = request_of(tensors)
         shard = self._shard
         if asked.assign is not None:
@@ -70,7 +93,8 @@ class HostedShard:
         return answer_tensors(answer.result, answer.state)
 
     def close(self) -> None:
-        """Write the files and end; repeatable."""
+        """Answer what was brought, write the files and end; repeatable."""
+        self._answering.shutdown()
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._cancel)
             self._thread.join(END_S_MAX)

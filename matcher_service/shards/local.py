@@ -111,8 +111,7 @@ class LocalShard:
         self._erased_through = engine.erased_through()
         self._closed = False
         self._searched_at = -math.inf
-        searches = min(SEARCHES_AT_ONCE_MAX, len(os.sched_getaffinity(0)))
-        self._searching = ThreadPoolExecutor(searches, "search", one_thread)
+        self._searching = ThreadPoolExecutor(searches_at_once(), "search", one_thread)
         self._applying = ThreadPoolExecutor(1, "apply", one_thread)
         self._tending = ThreadPoolExecutor(1, "tend", one_thread)
 
@@ -277,6 +276,11 @@ class LocalShard:
                 _log.error("index_files_not_written", detail=str(error), hint="the next start reads the log instead")
         await asyncio.to_thread(self._tending.shutdown)
         self._scanners.close()
+
+
+def searches_at_once() -> int:
+    """By one shard, on this machine."""
+    return min(SEARCHES_AT_ONCE_MAX, len(os.sched_getaffinity(0)))
 
 
 def _dimension_of(entry: LogEntry) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
@@ -31,8 +32,18 @@ class TritonPythonModel:
             self._guard.release()
             raise
 
-    def execute(self, requests: list[Any]) -> list[Any]:
-        return [self._answer(request) for request in requests]
+    def execute(self, requests: list[Any]) -> None:
+        # Answered by its sender when it is done: meanwhile the next one comes in.
+        for request in requests:
+            self._shard.submit(partial(self._send, request, request.get_response_sender()))
+
+    def _send(self, request: Any, sender: Any) -> None:
+        try:
+            response = self._answer(request)
+        except Exception as fault:
+            sender.send(hosted_tensors.failure(pb_utils, fault), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            raise
+        sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def _answer(self, request: Any) -> Any:
         given = {name: pb_utils.get_input_tensor_by_name(request, name) for name in (*exchange.INPUTS, exchange.ASSIGN)}
