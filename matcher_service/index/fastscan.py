@@ -12,7 +12,6 @@ floor, or none, is `choose.py`'s to say; no choice changes an answer.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
 import faiss
@@ -22,8 +21,10 @@ from numpy.typing import NDArray
 from matcher_service.errors import DataDamaged
 from matcher_service.halves import widen
 from matcher_service.index import certificate, choose
+from matcher_service.index import crew as crews
 from matcher_service.index.codes import Codes, CodesBuilder, blocks_for, packed_size
-from matcher_service.index.flat import FlatScanner, Found, gather, side_by_side
+from matcher_service.index.crew import Crew
+from matcher_service.index.flat import FlatScanner, Found, gather
 from matcher_service.index.grouped import not_below
 from matcher_service.index.products import Products
 from matcher_service.index.refined import Refined
@@ -49,7 +50,7 @@ _NONE: Int64 = np.empty(0, np.int64)
 class FastScanScanner:
     """An exact scanner over `stored`, float16 [n, d] in C order, kept and not copied.
 
-    Build it with `build_fastscan`, or from a saved `state`. `executor` runs the parts of a scan side by side
+    Build it with `build_fastscan`, or from a saved `state`. `crew` runs the parts of a scan side by side
     (None: in the caller's thread); each of its threads must have called `one_thread`. `wide` float32
     [n, d] equals `stored`, for full scans (None: these turn rows into float32 as needed).
     """
@@ -58,7 +59,7 @@ class FastScanScanner:
         self,
         stored: NDArray[np.float16],
         state: Mapping[str, NDArray[Any]],
-        executor: Executor | None = None,
+        crew: Crew | None = None,
         wide: Float32 | None = None,
     ) -> None:
         self.rows, self._dimension = int(stored.shape[0]), int(stored.shape[1])
@@ -77,8 +78,8 @@ class FastScanScanner:
         }
         products = Products(stored)
         self._refined = {block: Refined(codes, products) for block, codes in self._codes.items()}
-        self._executor = executor
-        self._whole = FlatScanner(stored, executor, self._norm_max, wide)
+        self._crew = crew
+        self._whole = FlatScanner(stored, crew, self._norm_max, wide)
         self._listed: Float32 = stored[self._always].astype(np.float32)
         sample = choose.looked_at(stored)
         self._costs = choose.Costs(
@@ -256,7 +257,7 @@ class FastScanScanner:
         return certificate.cut_offs(codes.supports, cosines) * probe_norms - error, least + span / 32
 
     def _run(self, tasks: list[Callable[[], Any]], pairs: int) -> list[Any]:
-        return side_by_side(tasks, self._executor if pairs > _ALONE_PAIRS else None)
+        return crews.run(tasks, self._crew if pairs > _ALONE_PAIRS else None)
 
 
 def _near_task(
@@ -289,23 +290,21 @@ class FastScanScanners:
     arrays and back. `threads` scan side by side; `close` ends them."""
 
     def __init__(self, threads: int = 1) -> None:
-        self._executor = (
-            ThreadPoolExecutor(threads, thread_name_prefix="scan", initializer=one_thread) if threads > 1 else None
-        )
+        self._crew = Crew(threads, one_thread) if threads > 1 else None
 
     def build(self, stored: NDArray[np.float16]) -> Scanner:
         if not choose.worth_codes(*stored.shape):
-            return FlatScanner(stored, self._executor, wide=self._wide(stored))
-        return build_fastscan(stored, executor=self._executor, wide=self._wide(stored))
+            return FlatScanner(stored, self._crew, wide=self._wide(stored))
+        return build_fastscan(stored, crew=self._crew, wide=self._wide(stored))
 
     def arrays(self, scanner: Scanner) -> Mapping[str, NDArray[Any]]:
         return scanner.state() if isinstance(scanner, FastScanScanner) else {}
 
     def load(self, stored: NDArray[np.float16], arrays: Mapping[str, NDArray[Any]]) -> Scanner:
         if not arrays:
-            return FlatScanner(stored, self._executor, wide=self._wide(stored))
+            return FlatScanner(stored, self._crew, wide=self._wide(stored))
         check(stored, arrays)
-        return FastScanScanner(stored, arrays, self._executor, self._wide(stored))
+        return FastScanScanner(stored, arrays, self._crew, self._wide(stored))
 
     @staticmethod
     def _wide(stored: NDArray[np.float16]) -> Float32 | None:
@@ -313,8 +312,8 @@ class FastScanScanners:
         return stored.astype(np.float32) if stored.size <= _WIDE_VALUES_MAX else None
 
     def close(self) -> None:
-        if self._executor is not None:
-            self._executor.shutdown()
+        if self._crew is not None:
+            self._crew.close()
 
 
 def check(stored: NDArray[np.float16], state: Mapping[str, NDArray[Any]]) -> None:
@@ -350,14 +349,14 @@ def _expect(holds: bool, otherwise: str) -> None:
 
 
 def one_thread() -> None:
-    """To be called in every thread of a scanner's executor: the scan itself keeps them busy."""
+    """To be called in every thread of a scanner's crew: the scan itself keeps them busy."""
     faiss.omp_set_num_threads(1)
 
 
 def build_fastscan(
     stored: NDArray[np.float16],
     blocks: tuple[int, ...] | None = None,
-    executor: Executor | None = None,
+    crew: Crew | None = None,
     entropy: int | None = None,
     wide: Float32 | None = None,
 ) -> FastScanScanner:
@@ -396,7 +395,7 @@ def build_fastscan(
     }
     for block, builder in builders.items():
         state |= {f"{block}/{name}": value for name, value in builder.finish(always).items()}
-    return FastScanScanner(stored, state, executor, wide)
+    return FastScanScanner(stored, state, crew, wide)
 
 
 def _best(refined: Refined, part: int, pairs: Float32, count: int) -> Callable[[], tuple[Float32, Int64]]:

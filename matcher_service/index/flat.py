@@ -7,15 +7,16 @@ the rows are therefore also held as float32, which takes three times the memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor
 from functools import cached_property, partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from matcher_service.halves import widen
+from matcher_service.index import crew as crews
 from matcher_service.index.best import Best, beyond, picked_of
+from matcher_service.index.crew import Crew, Result
 from matcher_service.index.grouped import not_below
 from matcher_service.index.products import Products
 from matcher_service.index.scanner import Guess, Hits, Tally
@@ -35,8 +36,6 @@ _PRODUCTS_AT_ONCE = 1 << 19  # 2 MiB: below interpreter.LARGE_BLOCK_BYTES; to lo
 _ALONE_PAIRS = 5_000  # up to so many rows times probes one thread is done before a second has begun
 _ALONE_SCORES = 256  # the same of exact scores
 
-Result = TypeVar("Result")
-
 
 class Found(NamedTuple):
     """The hits of a batch of probes, in columns, in no order: int64 [m], int64 [m], float32 [m]."""
@@ -47,15 +46,6 @@ class Found(NamedTuple):
 
 
 NOTHING = Found(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
-
-
-def side_by_side(tasks: Sequence[Callable[[], Result]], executor: Executor | None) -> list[Result]:
-    """The results of the tasks, in their order; the last task runs in this thread."""
-    if executor is None or len(tasks) < 2:
-        return [task() for task in tasks]
-    others = [executor.submit(task) for task in tasks[:-1]]
-    last = tasks[-1]()
-    return [*(other.result() for other in others), last]
 
 
 def gather(found: list[Found], certified: NDArray[np.bool_]) -> Hits:
@@ -74,13 +64,13 @@ def gather(found: list[Found], certified: NDArray[np.bool_]) -> Hits:
 
 class FlatScanner:
     """Scans every stored row for every probe. `stored` float16 [n, d], C order, finite, is kept, not copied;
-    `executor` shares the rows among its threads where that helps; `norm_max` bounds their norms (None: it is
+    `crew` shares the rows among its threads where that helps; `norm_max` bounds their norms (None: it is
     computed); `wide` float32 [n, d] equals `stored` and is kept too (None: rows are turned into float32 as needed)."""
 
     def __init__(
         self,
         stored: NDArray[np.float16],
-        executor: Executor | None = None,
+        crew: Crew | None = None,
         norm_max: float | None = None,
         wide: Float32 | None = None,
     ) -> None:
@@ -88,7 +78,7 @@ class FlatScanner:
         self._stored = stored
         self._wide = wide
         self._norm_max = float(norms(stored).max(initial=0.0)) if norm_max is None else norm_max
-        self._executor = executor
+        self._crew = crew
         half = -(-self.rows // (2 * _BLOCK_ROWS)) * _BLOCK_ROWS
         self._starts = range(0, self.rows, max(1, min(_RUN_ROWS_MAX, half)))
         self._few_probes = _FEW_PROBES if wide is None or self.rows >= _FEW_ROWS_MIN else 0
@@ -176,10 +166,10 @@ class FlatScanner:
     def _scores(self, rows: Int64, probes: Float32, which: Int64) -> Float32:
         halves = [slice(0, rows.size // 2), slice(rows.size // 2, rows.size)]
         tasks = [partial(pair_scores, self._stored, rows[half], probes, which[half]) for half in halves]
-        return np.concatenate(side_by_side(tasks, self._executor if rows.size > _ALONE_SCORES else None))
+        return np.concatenate(crews.run(tasks, self._crew if rows.size > _ALONE_SCORES else None))
 
     def _run(self, tasks: Sequence[Callable[[], Result]], probes: int) -> list[Result]:
-        return side_by_side(tasks, self._executor if probes * self.rows > _ALONE_PAIRS else None)
+        return crews.run(tasks, self._crew if probes * self.rows > _ALONE_PAIRS else None)
 
 
 def _near_task(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from matcher_service.errors import DataDamaged
+from matcher_service.index.crew import Crew
 from matcher_service.index.fastscan import FastScanScanner, FastScanScanners, build_fastscan, check, one_thread
 from matcher_service.index.flat import FlatScanner
 from matcher_service.index.scanner import Hits, Scanner
@@ -20,27 +20,28 @@ from matcher_service.terms import Float32
 Make = Callable[[np.ndarray], Scanner]
 
 
-def restored(stored: np.ndarray, executor: Executor | None = None) -> Scanner:
+def restored(stored: np.ndarray, crew: Crew | None = None) -> Scanner:
     """A fast-scan scanner that has been through its state."""
     built = build_fastscan(stored)
     state = {name: array.copy() for name, array in built.state().items()}
     check(stored, state)
-    return FastScanScanner(stored, state, executor)
+    return FastScanScanner(stored, state, crew)
 
 
 @pytest.fixture(scope="module")
-def threads() -> Iterator[Executor]:
-    with ThreadPoolExecutor(2, initializer=one_thread) as executor:
-        yield executor
+def threads() -> Iterator[Crew]:
+    crew = Crew(2, one_thread)
+    yield crew
+    crew.close()
 
 
 @pytest.fixture(params=["flat", "flat, threads", "fast scan", "fast scan, threads", "fast scan, restored"])
-def make(request: pytest.FixtureRequest, threads: Executor) -> Make:
+def make(request: pytest.FixtureRequest, threads: Crew) -> Make:
     makes: dict[str, Make] = {
         "flat": FlatScanner,
         "flat, threads": lambda stored: FlatScanner(stored, threads),
         "fast scan": build_fastscan,
-        "fast scan, threads": lambda stored: build_fastscan(stored, executor=threads),
+        "fast scan, threads": lambda stored: build_fastscan(stored, crew=threads),
         "fast scan, restored": lambda stored: restored(stored, threads),
     }
     return makes[request.param]

@@ -479,7 +479,7 @@ async def test_what_scans_adopted_rows_goes_on_when_the_index_aside_is_closed(
     await until(lambda: shard._assigned.settled)
     assert_exact(shard, log, ALL_PARTITIONS, rng)
     (lent,) = made
-    assert lent._executor.submit(int).result() == 0  # type: ignore[attr-defined]
+    assert lent._crew.run([int, int]) == [0, 0]  # type: ignore[attr-defined]
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     await shard.close()

@@ -21,7 +21,6 @@ import structlog
 from numpy.typing import NDArray
 
 from matcher_service.errors import MatcherError, MemoryRefused, ServiceFault
-from matcher_service.index.flat import side_by_side
 from matcher_service.index.gpu.codes import choose_scale, usual_scale
 from matcher_service.index.gpu.devices import Device
 from matcher_service.index.gpu.filter import Filter
@@ -116,7 +115,7 @@ class GpuScanners:
         tasks: list[Callable[[], list[Hits]]] = [
             partial(on_one, filter_, numbers) for filter_, numbers in by_filter.items()
         ]
-        found = side_by_side(tasks, self._executor)
+        found = list(self._executor.map(lambda task: task(), tasks)) if self._executor else [task() for task in tasks]
         by_number = {
             number: hits
             for numbers, some in zip(by_filter.values(), found, strict=True)
