@@ -101,7 +101,9 @@ class Metrics:
         )
         self.batches_in_flight = Gauge("matcher_batches_in_flight", "Searches under way.", registry=registry)
         self.batches_in_flight_max = Gauge(
-            "matcher_batches_in_flight_max", "Searches at once (batching.batches_in_flight_max).", registry=registry
+            "matcher_batches_in_flight_max",
+            "Searches begun at once, at most (batching.batches_in_flight_max).",
+            registry=registry,
         )
         self.permits_in_use = Gauge(
             "matcher_permits_in_use", "Admission permits held, in probes or references.", ("flow",), registry=registry

@@ -123,7 +123,12 @@ class AdmissionSettings(Section):
 
 class BatchingSettings(Section):
     batch_probes_max: int = Field(256, ge=1, le=4096, description="Probes of one search.")
-    batches_in_flight_max: int = Field(2, ge=1, le=64, description="Searches at once.")
+    batches_in_flight_max: int = Field(
+        3,
+        ge=1,
+        le=64,
+        description="Searches begun at once: two are worked on, one is on its way or waits for a thread.",
+    )
 
 
 class IndexSettings(Section):
