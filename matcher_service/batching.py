@@ -99,7 +99,7 @@ class Batcher:
         # Bounded by the permits: nothing enters without one.
         self._lanes: OrderedDict[Lane, OrderedDict[str, deque[_Waiting]]] = OrderedDict()
         self._waiting_rows = 0
-        self._work = asyncio.Condition()
+        self._work = asyncio.Event()
 
     async def submit(
         self,
@@ -118,11 +118,12 @@ class Batcher:
         answer: asyncio.Future[Found] = asyncio.get_running_loop().create_future()
         here, now = self._traces.here(), self._clock.monotonic()
         waiting = _Waiting(templates, floors, rank_max, deadline, min_sequence, now, answer, here)
-        async with self._work:
-            lanes = self._lanes.setdefault(lane, OrderedDict())
-            lanes.setdefault(permit.actor.name, deque()).append(waiting)
-            self._count(waiting.rows)
-            self._work.notify()
+        lanes = self._lanes.setdefault(lane, OrderedDict())
+        lanes.setdefault(permit.actor.name, deque()).append(waiting)
+        self._count(waiting.rows)
+        # No lock: nothing here waits. One would pass from message to message once a turn of the loop, and a thousand
+        # that came at once would stand in line before the searchers.
+        self._work.set()
         try:
             async with asyncio.timeout(deadline - self._clock.monotonic()):
                 return await answer
@@ -141,10 +142,10 @@ class Batcher:
 
     async def _serve(self) -> None:
         while True:
-            async with self._work:
-                while not self._lanes:
-                    await self._work.wait()
-                lane, batch = self._cut()
+            while not self._lanes:
+                self._work.clear()
+                await self._work.wait()
+            lane, batch = self._cut()
             if batch:
                 with self._metrics.batches_in_flight.track_inprogress():
                     await self._answer(lane, batch)

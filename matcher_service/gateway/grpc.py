@@ -60,6 +60,10 @@ class MatcherEdge:
         self._decode_seconds = service.metrics.station_seconds.labels("decode")
         self._encode_seconds = service.metrics.station_seconds.labels("encode")
         self._streams: set[_OpenStream] = set()
+        # Of all streams. Beyond what is searched in a fraction of a second, messages would only stand in line in this
+        # process: their deadlines run, and each turn of the loop, and with it every search and reply, takes longer.
+        self._in_hand = asyncio.Semaphore(self._limits.messages_in_flight_max)
+        self._enrolling = asyncio.Semaphore(self._limits.messages_in_flight_max)
         self._draining = False
 
     def drain(self) -> None:
@@ -88,7 +92,7 @@ class MatcherEdge:
     async def identify(self, data: bytes, context: CallContext) -> pb.IdentifyReply | None:
         async def work(actor: Actor) -> pb.IdentifyReply:
             request = decode.parse(pb.IdentifyRequest, data)
-            reply = await self._identified(request, actor, context.time_remaining())
+            reply = await self._identified(request, actor, self._now(), context.time_remaining())
             if refusal := refusals.of_all_probes(reply.decisions):
                 raise refusal
             self._service.credentials.require_standing(actor)
@@ -128,25 +132,27 @@ class MatcherEdge:
     # --- streams -------------------------------------------------------------------------------------
 
     async def identify_stream(self, _requests: object, context: CallContext) -> None:
-        await self._converse("identify_stream", self._identify_or_refuse, context)
+        await self._converse("identify_stream", self._identify_or_refuse, self._in_hand, context)
 
     async def enrol(self, _requests: object, context: CallContext) -> None:
-        await self._converse("enrol", self._enrol_or_refuse, context)
+        await self._converse("enrol", self._enrol_or_refuse, self._enrolling, context)
 
-    async def _identified(self, request: pb.IdentifyRequest, actor: Actor, remaining_s: float | None) -> IdentifyReply:
+    async def _identified(
+        self, request: pb.IdentifyRequest, actor: Actor, received: float, remaining_s: float | None
+    ) -> IdentifyReply:
         began = self._now()
-        message = decode.probe_message(request, self._limits, actor, began, remaining_s)
+        message = decode.probe_message(request, self._limits, actor, received, remaining_s)
         self._decode_seconds.observe(self._now() - began)
         return await self._service.identify(message)
 
     async def _identify_or_refuse(
-        self, data: bytes, actor: Actor, remaining_s: float | None
+        self, data: bytes, actor: Actor, received: float, remaining_s: float | None
     ) -> tuple[pb.IdentifyReply, str]:
-        """The reply of one message and, for the metrics, how it went."""
+        """The reply of one message, read at `received`, and, for the metrics, how it went."""
         request = None
         try:
             request = decode.parse(pb.IdentifyRequest, data)
-            answered = await self._identified(request, actor, remaining_s)
+            answered = await self._identified(request, actor, received, remaining_s)
             began = self._now()
             encoded = encode.identify_reply(bands.reply_for(actor, answered))
             self._encode_seconds.observe(self._now() - began)
@@ -160,11 +166,13 @@ class MatcherEdge:
         self._service.metrics.rejections.labels(refusal.cause).inc(len(reply.decisions))
         return reply, refusal.cause
 
-    async def _enrol_or_refuse(self, data: bytes, actor: Actor, remaining_s: float | None) -> tuple[pb.EnrolReply, str]:
+    async def _enrol_or_refuse(
+        self, data: bytes, actor: Actor, received: float, remaining_s: float | None
+    ) -> tuple[pb.EnrolReply, str]:
         request = None
         try:
             request = decode.parse(pb.EnrolRequest, data)
-            message = decode.enrol_message(request, self._limits, actor, self._now(), remaining_s)
+            message = decode.enrol_message(request, self._limits, actor, received, remaining_s)
             receipts = await self._service.enrol(message)
             return encode.enrol_reply(
                 message.reference_ids, receipts, message.message_id, in_columns=request.receipts_in_columns
@@ -178,18 +186,18 @@ class MatcherEdge:
     async def _converse(
         self,
         verb: str,
-        answer: Callable[[bytes, Actor, float | None], Awaitable[tuple[Message, str]]],
+        answer: Callable[[bytes, Actor, float, float | None], Awaitable[tuple[Message, str]]],
+        in_hand: asyncio.Semaphore,
         context: CallContext,
     ) -> None:
         """Answer every message of a stream; returns when the caller has closed its side and all are answered."""
         room = asyncio.Semaphore(self._limits.stream_messages_in_flight_max)
         writing = asyncio.Lock()
 
-        async def respond(data: bytes) -> None:
-            began = self._now()
+        async def respond(data: bytes, began: float) -> None:
             logs.message_begins()
             try:
-                reply, result = await answer(data, stream.actor, context.time_remaining())
+                reply, result = await answer(data, stream.actor, began, context.time_remaining())
                 async with writing:
                     if stream.ending is None:
                         await context.write(reply)
@@ -198,6 +206,12 @@ class MatcherEdge:
                 intake.cancel()  # the caller has gone: nobody reads, so nothing more is taken
             finally:
                 room.release()
+
+        def begin(data: bytes, received: float) -> asyncio.Task[None]:
+            responding = answers.create_task(respond(data, received))
+            stream.answers.add(responding)
+            responding.add_done_callback(stream.answers.discard)
+            return responding
 
         async def take_in() -> None:
             while True:
@@ -211,12 +225,17 @@ class MatcherEdge:
                 except MatcherError as refused:
                     stream.cut(refused)
                     return
-                responding = answers.create_task(respond(data))
-                stream.answers.add(responding)
-                responding.add_done_callback(stream.answers.discard)
+                received = self._now()
+                try:
+                    await in_hand.acquire()
+                except asyncio.CancelledError:
+                    begin(data, received)  # what was read is answered
+                    raise
+                # A task that is cancelled before it begins never comes to its own `finally`.
+                begin(data, received).add_done_callback(lambda _: in_hand.release())
                 # A cancelled task and the frames that it was cancelled in refer to each other. The probes of a caller
                 # who left must not stay in there until the collector looks (law 6).
-                del data, responding
+                del data
 
         logs.request_begins()
         try:

@@ -28,7 +28,7 @@ KEEPALIVE_TIMEOUT_MS = 10_000
 PING_INTERVAL_MS_MIN = 5_000
 # What of a stream may lie in the transport unread. gRPC would let it grow to megabytes: seconds of messages under load,
 # whose deadlines begin only when they are read, while their sender believes that they are being searched.
-STREAM_WINDOW_BYTES = 256 << 10
+STREAM_WINDOW_BYTES = 64 << 10
 
 
 class _ReflectionGuard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
