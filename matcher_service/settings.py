@@ -109,7 +109,10 @@ class LimitSettings(Section):
     deadline_ms_max: int = Field(60_000, ge=1, description="Longest deadline a request may ask for.")
     stream_messages_in_flight_max: int = Field(16, ge=1, le=1024, description="Unanswered messages of one stream.")
     messages_in_flight_max: int = Field(
-        256, ge=1, le=65_536, description="Unanswered messages of all streams; what comes above waits with its sender."
+        256,
+        ge=1,
+        le=65_536,
+        description="Messages of all streams that are worked on; what comes above waits with its sender.",
     )
     streams_max: int = Field(256, ge=1, description="Open streams at once.")
 

@@ -51,6 +51,18 @@ class _OpenStream:
             answer.cancel()
 
 
+class _Place:
+    """A place among the messages in hand, taken with `acquire` before; given back once."""
+
+    def __init__(self, among: asyncio.Semaphore) -> None:
+        self._among: asyncio.Semaphore | None = among
+
+    def leave(self, _task: object = None) -> None:
+        among, self._among = self._among, None
+        if among is not None:
+            among.release()
+
+
 class MatcherEdge:
     """The methods of matcher.v1.Matcher over raw bytes."""
 
@@ -194,10 +206,13 @@ class MatcherEdge:
         room = asyncio.Semaphore(self._limits.stream_messages_in_flight_max)
         writing = asyncio.Lock()
 
-        async def respond(data: bytes, began: float) -> None:
+        async def respond(data: bytes, began: float, place: _Place | None) -> None:
             logs.message_begins()
             try:
                 reply, result = await answer(data, stream.actor, began, context.time_remaining())
+                # Not when it is written: a caller who does not read must not take the place of others.
+                if place is not None:
+                    place.leave()
                 async with writing:
                     if stream.ending is None:
                         await context.write(reply)
@@ -207,11 +222,13 @@ class MatcherEdge:
             finally:
                 room.release()
 
-        def begin(data: bytes, received: float) -> asyncio.Task[None]:
-            responding = answers.create_task(respond(data, received))
+        def begin(data: bytes, received: float, place: _Place | None) -> None:
+            responding = answers.create_task(respond(data, received, place))
             stream.answers.add(responding)
             responding.add_done_callback(stream.answers.discard)
-            return responding
+            if place is not None:
+                # A task that is cancelled before it begins never comes to its own end.
+                responding.add_done_callback(place.leave)
 
         async def take_in() -> None:
             while True:
@@ -229,10 +246,9 @@ class MatcherEdge:
                 try:
                     await in_hand.acquire()
                 except asyncio.CancelledError:
-                    begin(data, received)  # what was read is answered
+                    begin(data, received, None)  # what was read is answered
                     raise
-                # A task that is cancelled before it begins never comes to its own `finally`.
-                begin(data, received).add_done_callback(lambda _: in_hand.release())
+                begin(data, received, _Place(in_hand))
                 # A cancelled task and the frames that it was cancelled in refer to each other. The probes of a caller
                 # who left must not stay in there until the collector looks (law 6).
                 del data

@@ -91,6 +91,50 @@ async def test_law_3_a_stream_is_not_read_further_while_its_window_is_full() -> 
         assert flat.waiting_max == 2
 
 
+async def test_law_3_no_more_messages_are_in_hand_than_allowed_over_all_streams() -> None:
+    flat = FlatService()
+    flat.gate.clear()
+    async with served(flat, limits={"messages_in_flight_max": 3}) as edges, edges.channel() as channel:
+        streams = [MatcherStub(channel).IdentifyStream(metadata=METADATA) for _ in range(4)]
+        for which, stream in enumerate(streams):
+            for number in range(3):
+                await stream.write(probes(f"{which}-{number}"))
+            await stream.done_writing()
+        await until(lambda: flat.waiting == 3)
+        for _ in range(5):
+            await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        assert flat.waiting == 3
+        # One who leaves while his messages wait, or are worked on, makes room.
+        streams[0].cancel()
+        flat.gate.set()
+        for which, stream in enumerate(streams[1:], start=1):
+            answered = sorted([one.probe_id async for reply in stream for one in reply.decisions])
+            assert answered == [f"{which}-{number}" for number in range(3)]
+        assert flat.waiting_max == 3
+
+
+async def test_law_3_callers_who_do_not_read_take_no_place_from_others() -> None:
+    names = [f"{'p' * 120}{number:04d}" for number in range(1000)]
+    message = probes(*names, templates=bytes(16_000), dtype=pb.FLOAT32, message_id="m")
+    async with served(limits={"messages_in_flight_max": 2}) as edges, edges.channel() as channel:
+        deaf = MatcherStub(channel).IdentifyStream(metadata=METADATA)
+
+        async def send() -> None:
+            while True:
+                await deaf.write(message)
+
+        sending = asyncio.create_task(send())
+        async with edges.channel() as another:
+            for _ in range(20):
+                stream = MatcherStub(another).IdentifyStream(metadata=METADATA)
+                await stream.write(probes("a"))
+                await stream.done_writing()
+                assert [one.probe_id async for reply in stream for one in reply.decisions] == ["a"]
+        sending.cancel()
+        await asyncio.wait((sending,))
+        deaf.cancel()
+
+
 async def test_law_3_every_probe_of_a_mixed_stream_gets_exactly_one_answer() -> None:
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")
