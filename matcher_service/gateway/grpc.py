@@ -246,7 +246,9 @@ class MatcherEdge:
                 try:
                     await in_hand.acquire()
                 except asyncio.CancelledError:
-                    begin(data, received, None)  # what was read is answered
+                    if self._draining:
+                        begin(data, received, None)  # what was read is answered
+                    del data
                     raise
                 begin(data, received, _Place(in_hand))
                 # A cancelled task and the frames that it was cancelled in refer to each other. The probes of a caller

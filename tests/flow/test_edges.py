@@ -343,15 +343,19 @@ async def test_the_deadline_is_the_lesser_of_the_messages_and_the_calls() -> Non
 # --- drain -----------------------------------------------------------------------------------------------
 
 
-async def test_stopping_answers_what_was_read_and_ends_the_stream_as_unavailable() -> None:
+@pytest.mark.parametrize("in_hand", [256, 1])
+async def test_stopping_answers_what_was_read_and_ends_the_stream_as_unavailable(in_hand: int) -> None:
+    """Also what was read and waits until there is room for it."""
     flat = FlatService()
     flat.gate.clear()
-    async with served(flat) as edges, edges.channel() as channel:
+    async with served(flat, limits={"messages_in_flight_max": in_hand}) as edges, edges.channel() as channel:
         stub = MatcherStub(channel)
         busy, idle = stub.IdentifyStream(metadata=METADATA), stub.IdentifyStream(metadata=METADATA)
         await idle.write(probes("early", message_id="early"))
         await busy.write(probes("a"))
-        await until(lambda: flat.waiting == 2)
+        await until(lambda: flat.waiting == min(2, in_hand))
+        for _ in range(5):
+            await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
         stopping = asyncio.create_task(edges.grpc_server.stop(20.0))
         await until(lambda: not edges.grpc_server.taking_in)
         flat.gate.set()
