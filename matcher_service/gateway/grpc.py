@@ -2,8 +2,9 @@
 
 Handlers take raw bytes, so that a caller is authenticated before anything of his is parsed, and malformed bytes
 get an answer of ours. On a stream, messages are answered as soon as they are ready, in any order; reading stops
-while `limits.stream_messages_in_flight_max` of them are unanswered, which is the flow control. A refusal on a
-stream is an answer; status codes are for unary calls and for the end of a stream.
+while `limits.stream_messages_in_flight_max` of them are unanswered, or `limits.messages_in_flight_max` of all streams
+are worked on, which is the flow control. A refusal on a stream is an answer; status codes are for unary calls and for
+the end of a stream.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ from matcher_service.index.score import float32_margin, norms, pair_scores
 from matcher_service.terms import Float32, Int64
 
 _BLOCK_ROWS = 1024  # rows of one product: 2 MiB at 512 dimensions, so that they stay in the cache
-_SMALL_ROWS = 128  # of one product with few probes: BLAS multiplies small matrices without making copies of them
-_SMALL_PROBES = 24
+_SMALL_PROBES = 24  # up to here of so few that BLAS multiplies them without making a copy first
+_SMALL_ROWS = 128
 _WIDEN_ROWS = 256  # rows turned to float32 at once: they stay in the cache meanwhile
 _PROBES_MAX = 1024
 _FEW_PROBES = 4  # up to here one product after another costs less than to turn rows into float32, or to read those
@@ -127,18 +127,16 @@ class FlatScanner:
         of them. To be used before the next are asked for."""
         run = self.run_of(start)
         dimension, count = columns.shape
-        room = np.empty((min(_BLOCK_ROWS, run.stop - start) if self._wide is None else 0, dimension), np.float32)
+        block = _SMALL_ROWS if count <= _SMALL_PROBES else _BLOCK_ROWS
+        room = np.empty((min(block, run.stop - start) if self._wide is None else 0, dimension), np.float32)
         at_once = max(1, _PRODUCTS_AT_ONCE // (_BLOCK_ROWS * count)) * _BLOCK_ROWS
         held = np.empty((min(at_once, run.stop - start), count), np.float32)
         for first in range(start, run.stop, at_once):
             last = min(first + at_once, run.stop)
-            for begin in range(first, last, _BLOCK_ROWS):
-                here = slice(begin, min(begin + _BLOCK_ROWS, last))
+            for begin in range(first, last, block):
+                here = slice(begin, min(begin + block, last))
                 rows = _widened(self._stored[here], room) if self._wide is None else self._wide[here]
-                step = _SMALL_ROWS if count <= _SMALL_PROBES else len(rows)
-                for some in range(0, len(rows), step):
-                    place = begin - first + some
-                    np.matmul(rows[some : some + step], columns, out=held[place : place + min(step, len(rows) - some)])
+                np.matmul(rows, columns, out=held[begin - first : here.stop - first])
             yield first, held[: last - first]
 
     def _scan(self, probes: Float32, floors: Float32) -> Found:

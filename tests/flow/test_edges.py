@@ -42,6 +42,20 @@ def outcomes(reply: pb.IdentifyReply) -> list[tuple[str, str, str]]:
     return [(one.probe_id, pb.Outcome.Name(one.outcome), one.cause) for one in reply.decisions]
 
 
+async def seen(channel: grpc.aio.Channel, calls: int = 5) -> None:
+    """The server has seen what was sent before: the same connection goes on serving others."""
+    for _ in range(calls):
+        await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+
+
+async def full(flat: FlatService, channel: grpc.aio.Channel) -> None:
+    """Nobody reads, and everything between both ends is full of replies: no more is answered."""
+    before = -1
+    while before != flat.answered or not flat.answered:
+        before = flat.answered
+        await seen(channel, 20)
+
+
 # --- streams -------------------------------------------------------------------------------------------
 
 
@@ -81,9 +95,7 @@ async def test_law_3_a_stream_is_not_read_further_while_its_window_is_full() -> 
             await stream.write(probes(f"p{number}"))
         await stream.done_writing()
         await until(lambda: flat.waiting == 2)
-        # The same connection goes on serving others, so the server has seen what was sent before.
-        for _ in range(5):
-            await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        await seen(channel)
         assert flat.waiting == 2
         flat.gate.set()
         answered = sorted([one.probe_id async for reply in stream for one in reply.decisions])
@@ -101,8 +113,7 @@ async def test_law_3_no_more_messages_are_in_hand_than_allowed_over_all_streams(
                 await stream.write(probes(f"{which}-{number}"))
             await stream.done_writing()
         await until(lambda: flat.waiting == 3)
-        for _ in range(5):
-            await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        await seen(channel)
         assert flat.waiting == 3
         # One who leaves while his messages wait, or are worked on, makes room.
         streams[0].cancel()
@@ -116,7 +127,8 @@ async def test_law_3_no_more_messages_are_in_hand_than_allowed_over_all_streams(
 async def test_law_3_callers_who_do_not_read_take_no_place_from_others() -> None:
     names = [f"{'p' * 120}{number:04d}" for number in range(1000)]
     message = probes(*names, templates=bytes(16_000), dtype=pb.FLOAT32, message_id="m")
-    async with served(limits={"messages_in_flight_max": 2}) as edges, edges.channel() as channel:
+    flat = FlatService()
+    async with served(flat, limits={"messages_in_flight_max": 2}) as edges, edges.channel() as channel:
         deaf = MatcherStub(channel).IdentifyStream(metadata=METADATA)
 
         async def send() -> None:
@@ -124,12 +136,12 @@ async def test_law_3_callers_who_do_not_read_take_no_place_from_others() -> None
                 await deaf.write(message)
 
         sending = asyncio.create_task(send())
+        await full(flat, channel)
         async with edges.channel() as another:
-            for _ in range(20):
-                stream = MatcherStub(another).IdentifyStream(metadata=METADATA)
-                await stream.write(probes("a"))
-                await stream.done_writing()
-                assert [one.probe_id async for reply in stream for one in reply.decisions] == ["a"]
+            stream = MatcherStub(another).IdentifyStream(metadata=METADATA)
+            await stream.write(probes("a"))
+            await stream.done_writing()
+            assert [one.probe_id async for reply in stream for one in reply.decisions] == ["a"]
         sending.cancel()
         await asyncio.wait((sending,))
         deaf.cancel()
@@ -207,12 +219,7 @@ async def test_law_3_answers_that_nobody_reads_hold_back_the_reading_of_more() -
                 sent += 1
 
         sending = asyncio.create_task(send())
-        # Nothing is read: at some point everything between both ends is full, and the service takes no more.
-        before = -1
-        while before != flat.answered or not flat.answered:
-            before = flat.answered
-            for _ in range(20):
-                await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        await full(flat, channel)
         assert flat.answered <= 200
         sending.cancel()
         await asyncio.wait((sending,))
@@ -354,8 +361,7 @@ async def test_stopping_answers_what_was_read_and_ends_the_stream_as_unavailable
         await idle.write(probes("early", message_id="early"))
         await busy.write(probes("a"))
         await until(lambda: flat.waiting == min(2, in_hand))
-        for _ in range(5):
-            await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        await seen(channel)
         stopping = asyncio.create_task(edges.grpc_server.stop(20.0))
         await until(lambda: not edges.grpc_server.taking_in)
         flat.gate.set()
