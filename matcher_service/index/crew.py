@@ -2,7 +2,7 @@
 
 Whoever scans works too, and takes the next piece when one is done. Helpers join only while fewer scans go on than there
 are threads: scans that share every piece wait for each other's, and each thread finds the other's rows in its cache.
-Where two searches on two cores each keep to a thread of their own, they answer a quarter more.
+On two cores, one or two searches of 100,000 rows at once, that was up to a seventh more than handing out every piece.
 """
 
 from __future__ import annotations
