@@ -2,10 +2,12 @@
 
 It reads the whole log and applies what belongs to its partitions. Three tasks do the work: one follows the log, one
 tends the index, one brings what is held into line with what is assigned. A search needs none of them: it takes one
-immutable value, `_Standing`, before and one after, and answers for the partitions that were held throughout.
+immutable value, `_Standing`, before its view of the rows and one after, and answers for the partitions that were held
+throughout. What is assigned while it searches that view changes nothing of it.
 
 - *A partition that is lost* is no longer answered for at once. Its rows go on being ended, but none come in, until
-  all of them have been let go of: so at no moment does a search meet a row that should have ended.
+  all of them have been let go of: so at no moment does a search meet a row that should have ended. What it finds of
+  them until then is true, if not all.
 - *Partitions that are gained* are replayed from the beginning into an index aside, of the same engine, which is
   adopted whole when it stands where the main one stands. Until then they are not answered for. The log gives out their
   entries alone.
@@ -99,12 +101,13 @@ class _Fingerprint(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Standing:
-    """What a search may say of itself. `losses` counts, for each partition, how often it was let go of; times are on
-    the shard's clock, in seconds."""
+    """What a search may say of itself. `losses` counts, for each partition, how often it was let go of, and `logs` how
+    often the log turned out to be another; times are on the shard's clock, in seconds."""
 
     shard: LocalShard
     held: Partitions
     losses: Mapping[int, int] = field(default_factory=dict)
+    logs: int = 0
     caught_up_at: float | None = None
     newest_ms: int = 0
 
@@ -189,15 +192,16 @@ class FollowingShard:
         before = self._standing
         began = self._clock.monotonic()
         view = before.shard.view
+        viewed = self._standing
         # Asked after the view was taken, and moved on before entries are applied: law 9.
-        at_ms = max(request.at_ms, self._standing.newest_ms)
+        at_ms = max(request.at_ms, viewed.newest_ms)
         try:
             result = before.shard.search_here(replace(request, at_ms=at_ms), view)
         except ShuttingDown as closed:
             raise ShardUnavailable(f"shard {self._name} begins anew", hint="ask another replica") from closed
         searched_us = int((self._clock.monotonic() - began) * 1e6)
         state = replace(
-            self._state(before),
+            self._state(before, before.held_until(viewed)),
             sequence=result.sequence,
             certified=result.certified,
             scanned=result.scanned,
@@ -212,9 +216,9 @@ class FollowingShard:
         try:
             held = await before.shard.status()
         except ShuttingDown:
-            return replace(self._state(before), refusal="beginning anew")
+            return replace(self._state(before, NO_PARTITIONS), refusal="beginning anew")
         return replace(
-            self._state(before),
+            self._state(before, before.held_until(self._standing)),
             sequence=held.sequence,
             live=held.live,
             dead=held.dead,
@@ -225,13 +229,15 @@ class FollowingShard:
             keys=before.shard.key_generations,
         )
 
-    def _state(self, before: _Standing) -> ShardState:
-        age = None if before.caught_up_at is None else (self._clock.monotonic() - before.caught_up_at) * 1000
+    def _state(self, before: _Standing, held: Partitions) -> ShardState:
+        # What was caught up with a log that is not the log any more was caught up with nothing.
+        known = None if before.logs != self._standing.logs else before.caught_up_at
+        age = None if known is None else (self._clock.monotonic() - known) * 1000
         return ShardState(
             shard=self._name,
             sequence=0,
             caught_up_age_ms=age,
-            partitions=before.held_until(self._standing),
+            partitions=held,
             assigned=self._assigned.wanted,
             refusal="; ".join(self._refusals.values()),
         )
@@ -298,9 +304,11 @@ class FollowingShard:
 
     async def _begin_anew(self) -> None:
         before = self._standing
-        self._standing = replace(before.without(ALL_PARTITIONS), caught_up_at=None)
+        self._standing = replace(before.without(ALL_PARTITIONS), caught_up_at=None, logs=before.logs + 1)
         await before.shard.close()
-        await self._start_empty(self._assigned.configured, self._assigned.wanted, self._standing.losses)
+        shard = await self._start_empty(self._assigned.configured, self._assigned.wanted)
+        # As far as nothing else was assigned while that went on.
+        self._standing = replace(self._standing, shard=shard, held=self._assigned.held, newest_ms=0)
 
     # --- following ---------------------------------------------------------------------------------
 
@@ -474,7 +482,8 @@ class FollowingShard:
         found = await asyncio.to_thread(assignments.read, self._directory)
         if found is None:
             _log.info("shard_starts_empty", shard=self._name, partitions=ranges(configured))
-            return await self._start_empty(configured, configured, {})
+            self._standing = _Standing(await self._start_empty(configured, configured), configured)
+            return
         now = found.started_with(configured)
         if not now.gaining:
             await _removed(self._aside)
@@ -489,15 +498,14 @@ class FollowingShard:
         self._standing = _Standing(shard, now.held)
         self._save()
 
-    async def _start_empty(self, configured: Partitions, wanted: Partitions, losses: Mapping[int, int]) -> None:
+    async def _start_empty(self, configured: Partitions, wanted: Partitions) -> LocalShard:
         for directory in (self._directory / "index", self._aside):
             await _removed(directory)
         # Whatever was assigned is held: there is nothing that would have to be replayed first.
         self._assigned = Assignment(configured, wanted, wanted)
         self._leaving, self._last = NO_PARTITIONS, None
         self._save()
-        shard = await self._open_index(self._directory / "index", self._settings)
-        self._standing = _Standing(shard, wanted, losses)
+        return await self._open_index(self._directory / "index", self._settings)
 
     @property
     def _aside(self) -> Path:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from matcher_service.errors import LogUnavailable, ShardUnavailable, StartRefused
 from matcher_service.index import scanners
+from matcher_service.index.engine import Engine
 from matcher_service.index.scanners import Scanners
+from matcher_service.index.search import View
 from matcher_service.merge import merge
 from matcher_service.partitions import ALL_PARTITIONS, Partitions, partition_of, share
 from matcher_service.settings import IndexSettings
@@ -243,6 +246,66 @@ async def test_nothing_withdrawn_comes_back_from_a_partition_that_was_lost(
             await shard.assign(ALL_PARTITIONS)
             await until(stands_at(shard, log, ALL_PARTITIONS))
             assert_exact(shard, log, ALL_PARTITIONS, rng)
+
+
+def during_the_next_search(monkeypatch: pytest.MonkeyPatch, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Do this in the shard's loop when the next search has taken its view, and before it goes through it."""
+    loop, search = asyncio.get_running_loop(), Engine.search
+
+    def searched(engine: Engine, request: SearchRequest, view: View) -> SearchResult:
+        monkeypatch.setattr(Engine, "search", search)
+        asyncio.run_coroutine_threadsafe(work(), loop).result(30)
+        return search(engine, request, view)
+
+    monkeypatch.setattr(Engine, "search", searched)
+
+
+async def test_what_is_assigned_during_a_search_changes_nothing_of_its_answer(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Law 4: nothing is named as missing that was searched, and nothing claimed that was not."""
+    log = LogWriter()
+    write(log, rng, 1000)
+    request = asking(unit_rows(rng, 5, 32), GALLERIES, rank_max=1000)
+    async with following_shard(tmp_path, ReadableLog(log), ALL_PARTITIONS) as shard:
+        await until(stands_at(shard, log, ALL_PARTITIONS))
+
+        async def lose() -> None:
+            await shard.assign(LEFT)
+            await until(lambda: not shard._leaving)
+
+        during_the_next_search(monkeypatch, lose)
+        before = await asyncio.to_thread(answer, shard, request)
+        assert before.state.partitions == ALL_PARTITIONS
+        assert same(before.result, oracle_of(log, ALL_PARTITIONS).search_now(request))
+
+        async def gain() -> None:
+            await shard.assign(ALL_PARTITIONS)
+            await until(stands_at(shard, log, ALL_PARTITIONS))
+
+        during_the_next_search(monkeypatch, gain)
+        between = await asyncio.to_thread(answer, shard, request)
+        assert between.state.partitions == LEFT
+        assert same(between.result, oracle_of(log, LEFT).search_now(request))
+
+
+async def test_a_search_of_rows_whose_log_is_no_more_counts_as_stale(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Laws 1 and 5: whatever it was caught up with."""
+    log = LogWriter()
+    write(log, rng, 300)
+    readable = ReadableLog(log)
+    async with following_shard(tmp_path, readable) as shard:
+        await until(stands_at(shard, log, LEFT))
+
+        async def another() -> None:
+            readable.written = LogWriter()
+            await until(lambda: shard._standing.logs == 1)
+
+        during_the_next_search(monkeypatch, another)
+        assert (await asyncio.to_thread(answer, shard)).state.caught_up_age_ms is None
+        await until(stands_at(shard, readable.written, LEFT))
 
 
 async def test_a_stale_volume_is_caught_up_and_says_meanwhile_that_it_is_stale(
