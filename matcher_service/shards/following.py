@@ -306,8 +306,7 @@ class FollowingShard:
         before = self._standing
         self._standing = replace(before.without(ALL_PARTITIONS), caught_up_at=None, logs=before.logs + 1)
         await before.shard.close()
-        shard = await self._start_empty(self._assigned.configured, self._assigned.wanted)
-        # As far as nothing else was assigned while that went on.
+        shard = await self._start_empty()
         self._standing = replace(self._standing, shard=shard, held=self._assigned.held, newest_ms=0)
 
     # --- following ---------------------------------------------------------------------------------
@@ -482,7 +481,8 @@ class FollowingShard:
         found = await asyncio.to_thread(assignments.read, self._directory)
         if found is None:
             _log.info("shard_starts_empty", shard=self._name, partitions=ranges(configured))
-            self._standing = _Standing(await self._start_empty(configured, configured), configured)
+            self._assigned = Assignment(configured, configured, configured)
+            self._standing = _Standing(await self._start_empty(), configured)
             return
         now = found.started_with(configured)
         if not now.gaining:
@@ -498,11 +498,12 @@ class FollowingShard:
         self._standing = _Standing(shard, now.held)
         self._save()
 
-    async def _start_empty(self, configured: Partitions, wanted: Partitions) -> LocalShard:
+    async def _start_empty(self) -> LocalShard:
         for directory in (self._directory / "index", self._aside):
             await _removed(directory)
-        # Whatever was assigned is held: there is nothing that would have to be replayed first.
-        self._assigned = Assignment(configured, wanted, wanted)
+        # Whatever is assigned by now is held: there is nothing that would have to be replayed first.
+        now = self._assigned
+        self._assigned = Assignment(now.configured, now.wanted, now.wanted)
         self._leaving, self._last = NO_PARTITIONS, None
         self._save()
         return await self._open_index(self._directory / "index", self._settings)

@@ -439,6 +439,33 @@ async def test_a_log_that_lost_what_was_applied_is_not_believed_to_be_the_same(
         await until(stands_at(shard, log, LEFT)) if kept != 300 else None
 
 
+@pytest.mark.parametrize("step", ["_removed", "_open_index"])
+async def test_what_is_assigned_while_a_shard_begins_anew_holds(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Law 4: an assignment is durable once it is answered, and nothing else is answered for."""
+    log = LogWriter()
+    write(log, rng, 300)
+    readable = ReadableLog(log)
+    async with following_shard(tmp_path, readable) as shard:
+        await until(stands_at(shard, log, LEFT))
+        owner = following if step == "_removed" else shard
+        work = getattr(owner, step)
+
+        async def assigned_meanwhile(*given: object) -> object:
+            monkeypatch.setattr(owner, step, work)
+            await shard.assign(RIGHT)
+            return await work(*given)
+
+        monkeypatch.setattr(owner, step, assigned_meanwhile)
+        readable.written = LogWriter()
+        write(readable.written, rng, 400)
+        await until(stands_at(shard, readable.written, RIGHT))
+        assert_exact(shard, readable.written, RIGHT, rng)
+    async with following_shard(tmp_path, readable) as shard:
+        await until(stands_at(shard, readable.written, RIGHT))
+
+
 async def test_expiry_is_judged_by_the_newest_log_time_too(tmp_path: Path) -> None:
     """Law 9: whatever clock the gateway's time comes from."""
     log = LogWriter()
