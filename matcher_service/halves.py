@@ -13,7 +13,8 @@ from matcher_service.terms import Float32
 
 _HALF_BITS = np.uint32(0x8FFFE000).view(np.int32)
 _HALF_BIAS = np.float32(2.0**112)
-_EXPONENT = np.uint16(0x7C00)
+_MAGNITUDE = np.uint16(0x7FFF)
+_INFINITY = 0x7C00  # the bits of it, and of NaN more
 _BLOCK_VALUES = 1 << 16  # whose bits, four times over, stay in the last cache
 
 # Bits of the magnitudes, float32, that round to normal halves: from 2^-14 to below 65520.
@@ -38,7 +39,7 @@ def widen(halves: NDArray[np.float16], out: Float32) -> Float32:
 
 def widened(halves: NDArray[np.float16]) -> Float32:
     """Any float16 values as float32, NaN and infinity among them; a copy in C order."""
-    if ((halves.view(np.uint16) & _EXPONENT) == _EXPONENT).any():
+    if (halves.view(np.uint16) & _MAGNITUDE).max(initial=0) >= _INFINITY:
         return halves.astype(np.float32)
     return widen(halves, np.empty(halves.shape, np.float32))
 

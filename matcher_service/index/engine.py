@@ -59,17 +59,18 @@ class Erased(NamedTuple):
 @dataclass(eq=False, slots=True)
 class GalleryState:
     """What the writer knows of a gallery. `held_sequence`: its files reached so far when they were opened, and
-    entries up to there are in it already."""
+    entries up to there are in it already. `tail_rows`: how many its last open tail came to hold."""
 
     dimension: int
     segments: list[Segment] = field(default_factory=list)
     tail: Tail | None = None
     held_sequence: int = 0
     rebuilding: bool = False
+    tail_rows: int = 0
 
     def open_tail(self, growing_of: Callable[[int], Growing | None]) -> Tail:
         if self.tail is None:
-            self.tail = Tail(self.dimension, growing_of(self.dimension))
+            self.tail = Tail(self.dimension, growing_of(self.dimension), self.tail_rows)
         return self.tail
 
     def view(self) -> GalleryView:
@@ -355,6 +356,7 @@ class Engine:
         tail, state.tail = state.tail, None
         if tail is None:
             return
+        state.tail_rows = tail.rows
         self._note_erased(gallery_id, tail.dead_sequences())
         segment = tail.frozen()
         if segment.rows:

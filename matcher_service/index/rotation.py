@@ -58,16 +58,20 @@ def codebook(dimension: int, block: int) -> Float32:
     source = np.random.default_rng(20_250_101 + 1000 * dimension + block)
     points = source.standard_normal((_SAMPLES, block)) / np.sqrt(dimension)
     centroids = points[:CENTROIDS].copy()
+    # Written again in every round: fresh memory costs as much as the arithmetic.
+    every, closeness, members = np.arange(_SAMPLES), np.empty((_SAMPLES, CENTROIDS)), np.zeros((CENTROIDS, _SAMPLES))
     nearest: NDArray[np.intp] | None = None
     for _ in range(_ROUNDS_MAX):
-        closeness = points @ centroids.T - 0.5 * np.einsum("ij,ij->i", centroids, centroids)
+        np.matmul(points, centroids.T, out=closeness)
+        closeness -= 0.5 * np.einsum("ij,ij->i", centroids, centroids)
         moved = closeness.argmax(axis=1)
-        if nearest is not None and np.array_equal(moved, nearest):
-            break
+        if nearest is not None:
+            if np.array_equal(moved, nearest):
+                break
+            members[nearest, every] = 0.0
         nearest = moved
-        members = np.zeros((CENTROIDS, _SAMPLES))
-        members[nearest, np.arange(_SAMPLES)] = 1.0
-        counts = members.sum(axis=1)[:, None]
+        members[nearest, every] = 1.0
+        counts = np.bincount(nearest, minlength=CENTROIDS)[:, None]
         centroids = np.where(counts > 0, members @ points / np.maximum(counts, 1), centroids)
     found: Float32 = centroids.astype(np.float32)
     found.setflags(write=False)

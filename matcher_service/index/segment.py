@@ -148,10 +148,12 @@ class TailView:
 
 class Tail:
     """The open rows of a gallery. One writer appends and ends rows; views of it stay as they were, for the
-    arrays are replaced when they are full and rows behind a view's count are not looked at."""
+    arrays are replaced when they are full and rows behind a view's count are not looked at. `room`: the rows that it
+    will probably come to hold."""
 
-    def __init__(self, dimension: int, growing: Growing | None = None) -> None:
+    def __init__(self, dimension: int, growing: Growing | None = None, room: int = 0) -> None:
         self.rows = 0
+        self._room = max(room, _TAIL_ROWS_FIRST)
         self.growing = growing
         self.dead = 0
         self.died_ms_min = NEVER_MS
@@ -193,7 +195,7 @@ class Tail:
         if rows <= held:
             return
         # Far more than is needed: what is never written takes no memory, but what is copied takes it twice.
-        room = max(rows, 4 * held, _TAIL_ROWS_FIRST)
+        room = max(rows, 4 * held, self._room)
         for name in ("stored", "wide", "sequences", "expires_at_ms", "subject_hashes", "died_at"):
             old = getattr(self, name)
             new = np.empty((room, *old.shape[1:]), old.dtype)
