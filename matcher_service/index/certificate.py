@@ -23,9 +23,10 @@ What real arithmetic adds:
   2^-24 (Higham, Accuracy and Stability, section 3.5; |R| has Frobenius norm sqrt(d)), and the rotation itself,
   rounded to float32, is off by at most u sqrt(d). `rotation_error` is their sum; it lowers a, raises b, and
   lowers the cut-off by |x'| |q| times itself.
-- <x', R x> is gathered from how close each block of R x is to its centroid c, <c, y> - |c|^2 / 2 in float32 (blocks of
-  at most 8 coordinates: 10 u of what it is made of), of which the last 4 bits are the centroid's number (2^-19 of it).
-  Their float64 sum, and that of float32 |c|^2, is off by less than `ENCODING_ERROR` times |x'| |x| + |x'|^2 / 2.
+- <x', R x> of blocks of one or two coordinates is the float64 sum of float32 products (u of each). Of larger ones it is
+  gathered from how close each block of R x is to its centroid c, <c, y> - |c|^2 / 2 in float32 (blocks of at most 8
+  coordinates: 10 u of what it is made of), of which the last 4 bits are the centroid's number (2^-19 of it). Their
+  float64 sum, and that of float32 |c|^2, is off by less than `ENCODING_ERROR` times |x'| |x| + |x'|^2 / 2.
 - The fast-scan kernel replaces each look-up table by uint8 steps of the widest table's span / 255 (FAISS,
   utils/quantize_lut.cpp), so a table's entry is off by at most half a step, and the estimate by M / 2 steps. The
   sum of at most 256 tables, 256 * 255, fits its uint16 accumulator: it cannot saturate. `table_error` also

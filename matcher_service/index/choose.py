@@ -16,13 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr
 
+from matcher_service.halves import widened
 from matcher_service.index.codes import blocks_for
 from matcher_service.terms import Float32, Float64, Int64
 
 BINS = 200
 DIMENSION_MIN = 64  # below, the law's tail is as wide as the scores
 ROWS_MIN = 2000
-_SAMPLE_PROBES = 256
+_SAMPLE_PROBES = (64, 256)  # at least and at most; one row in 512 between them
 _DUPLICATE = 0.9
 _SAMPLE_ROWS = 8192
 FLOORS: Float32 = np.linspace(0, 1, 101, dtype=np.float32)  # for which the shares are predicted
@@ -74,9 +75,10 @@ def sample_cosines(stored: NDArray[np.float16]) -> Float64:
     rows = stored.shape[0]
     if rows < 2:
         return np.full(BINS, 1 / BINS)
-    first = np.unique(np.linspace(0, rows - 1, _SAMPLE_PROBES).astype(np.int64))
+    probes = np.clip(rows // 512, *_SAMPLE_PROBES)
+    first = np.unique(np.linspace(0, rows - 1, probes).astype(np.int64))
     second = np.unique(np.linspace(0, rows - 1, _SAMPLE_ROWS).astype(np.int64))
-    some, others = stored[first].astype(np.float32), stored[second].astype(np.float32)
+    some, others = widened(stored[first]), widened(stored[second])
     cosines = (some @ others.T)[first[:, None] != second[None, :]]
     counts, _ = np.histogram(cosines[cosines < _DUPLICATE], bins=BINS, range=(-1, 1))
     return np.asarray(counts / max(1, counts.sum()))
@@ -86,7 +88,7 @@ def looked_at(stored: NDArray[np.float16]) -> Float32:
     """The rows that probes are compared with before a scan, float32 [m, d]: every so many of the stored ones."""
     rows = stored.shape[0]
     count = min(_LOOKED_AT_MAX, max(32, rows // 512), rows)
-    return stored[np.linspace(0, max(0, rows - 1), count).astype(np.int64)].astype(np.float32)
+    return widened(stored[np.linspace(0, max(0, rows - 1), count).astype(np.int64)])
 
 
 def taken_shares(rate: Rate, dimension: int) -> Float32:

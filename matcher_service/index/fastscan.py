@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from matcher_service.errors import DataDamaged
-from matcher_service.halves import widen
+from matcher_service.halves import widen, widened
 from matcher_service.index import certificate, choose
 from matcher_service.index import crew as crews
 from matcher_service.index.codes import Codes, CodesBuilder, blocks_for, packed_size
@@ -80,7 +80,7 @@ class FastScanScanner:
         self._refined = {block: Refined(codes, products) for block, codes in self._codes.items()}
         self._crew = crew
         self._whole = FlatScanner(stored, crew, self._norm_max, wide)
-        self._listed: Float32 = stored[self._always].astype(np.float32)
+        self._listed: Float32 = widened(stored[self._always])
         sample = choose.looked_at(stored)
         self._costs = choose.Costs(
             self.rows,
@@ -309,7 +309,7 @@ class FastScanScanners:
     @staticmethod
     def _wide(stored: NDArray[np.float16]) -> Float32 | None:
         """The rows of a small segment as float32, for its full scans."""
-        return stored.astype(np.float32) if stored.size <= _WIDE_VALUES_MAX else None
+        return widened(stored) if stored.size <= _WIDE_VALUES_MAX else None
 
     def close(self) -> None:
         if self._crew is not None:
@@ -371,15 +371,17 @@ def build_fastscan(
     if unknown:
         raise ValueError(f"no codes of {sorted(unknown)} coordinates in {dimension} dimensions")
     rotation = draw_rotation(dimension, entropy)
-    row_norms = norms(stored)
-    odd = np.flatnonzero(~(np.abs(row_norms - 1.0) <= _ODD_NORM))
+    row_norms: Float64 = np.empty(rows)
     builders = {block: CodesBuilder(dimension, block) for block in chosen}
     for start in range(0, rows, _ENCODE_ROWS):
         here = slice(start, start + _ENCODE_ROWS)
         halves = stored[here]
-        rotated = widen(halves, np.empty(halves.shape, np.float32)) @ rotation.T
+        wide_rows = widen(halves, np.empty(halves.shape, np.float32))
+        row_norms[here] = norms(wide_rows)
+        rotated = wide_rows @ rotation.T
         for builder in builders.values():
             builder.add(rotated, np.maximum(row_norms[here], 1e-6))
+    odd = np.flatnonzero(~(np.abs(row_norms - 1.0) <= _ODD_NORM))
     if odd.size > max(_ALWAYS_ROWS, rows // 1000) or rows == 0:
         builders, odd = {}, np.empty(0, np.int64)  # not unit vectors: nothing to be gained from a filter
     always = np.unique(

@@ -19,7 +19,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from matcher_service.halves import widen
+from matcher_service.halves import widen, widened
 from matcher_service.terms import Float32, Float64, Int64
 
 _BLOCK_ELEMENTS = 1 << 17  # float64 products held at once: 1 MiB, so that they stay in the cache
@@ -32,7 +32,7 @@ def exact_scores(stored: NDArray[np.float16], probe: Float32) -> Float32:
     wide = probe.astype(np.float64)
     step = max(1, _BLOCK_ELEMENTS // max(1, dimension))
     for start in range(0, count, step):
-        products = stored[start : start + step].astype(np.float32).astype(np.float64)
+        products = widened(stored[start : start + step]).astype(np.float64)
         products *= wide
         scores[start : start + step] = np.add.reduce(products, axis=-1)
     return scores
