@@ -2,8 +2,8 @@
 
 Sizes are kept roughly geometric, so that a gallery has few segments and each row is rewritten few times:
 segments are joined with the next larger one only if together they outweigh it. While entries stream in, they
-must be seven times as heavy, and what has no codes yet is coded as soon as it would hold up a search: coding takes
-longer than all else that is done for a new row, so that nothing is coded twice that can wait. In quiet moments what
+must be seven times as heavy, and what has no codes yet is coded as soon as it would hold up a search: coding is the
+dearest of what is done for a new row, so that nothing is coded twice that can wait. In quiet moments what
 has no codes comes first too, since a larger join would keep searches waiting for it, and then an eighth is enough.
 """
 
