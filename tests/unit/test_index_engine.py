@@ -315,6 +315,20 @@ def test_in_a_quiet_moment_open_rows_join_the_segment_that_codes_them() -> None:
     assert same(engine.search(request), oracle.search_now(request))
 
 
+def test_open_rows_after_a_full_tail_are_written_once_and_not_copied_as_they_grow() -> None:
+    log, engine = LogWriter(), engine_of(400)
+    log.create("g", 2)
+    for number in range(790):
+        log.enrol("g", f"r{number}", np.array([0.6, 0.8]))
+    engine.apply(log.entries[:401])
+    places = []
+    for start in range(401, 791, 39):
+        engine.apply(log.entries[start : start + 39])
+        places.append(engine.view.galleries["g"].parts[-1].died_at)
+    assert all(place is places[0] for place in places)
+    assert engine.view.galleries["g"].parts[-1].rows == 390
+
+
 def test_rows_are_in_few_parts_however_they_came(seed: int) -> None:
     """In quiet moments each part outweighs all that is smaller by eight, at least."""
     rng = np.random.default_rng(seed)
