@@ -159,7 +159,7 @@ def encode(coded: Float32, dimension: int, block: int) -> Encoded:
     dimension and the block.
 
     A code depends on its rotated row alone, but where rounding can tell between two: see `certificate.py`, which also
-    knows how far `along` may be off. FAISS' encoder takes four times as long as either way here.
+    knows how far `along` may be off. FAISS' encoder takes four times as long, at least, as either way here.
     """
     return _looked_up(coded, dimension, block) if block in _CELLS else _compared(coded, codebook(dimension, block))
 
