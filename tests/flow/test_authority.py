@@ -150,7 +150,8 @@ def test_records_of_the_first_release_still_read() -> None:
     assert records.decode_case(orjson.dumps(searched)).immigration_authority == ""
     rich = deployment(cameras=("a", "b"), threshold=0.7)
     assert records.decode_deployment(records.encode_deployment(rich)) == rich
-    assert records.decode_case(records.encode_case(case())) == case()
+    asked = case()
+    assert records.decode_case(records.encode_case(asked)) == asked
 
 
 # --- cases over an immigration gallery ---------------------------------------------------------------------
