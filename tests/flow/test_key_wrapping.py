@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ import pytest
 
 from matcher_service.errors import DataDamaged, LogUnavailable, StartRefused
 from matcher_service.gallery.keys import Keyring
+from matcher_service.index import manifest as manifests
+from matcher_service.index.manifest import GalleryFiles
 from matcher_service.settings import KeySettings, load
 from tests.key_service import ServedKeys, served_keys
 from tests.running_service import WholeService, whole_service
@@ -165,13 +166,12 @@ def test_settings_that_make_no_sense_are_refused(keys: dict[str, Any], wrong: st
         load(keys=keys)
 
 
-def galleries_in_files(data_dir: Path) -> dict[str, Any]:
-    """What the index's manifest says of each gallery; nothing while there is none."""
+def galleries_in_files(data_dir: Path) -> Mapping[str, GalleryFiles]:
+    """The index's files of each gallery; none while there is no manifest."""
     try:
-        manifest: dict[str, Any] = json.loads((data_dir / "index" / "manifest.json").read_bytes().splitlines()[0])
+        return manifests.decode((data_dir / "index" / manifests.NAME).read_bytes()).galleries
     except FileNotFoundError:
         return {}
-    return dict(manifest["galleries"])
 
 
 async def test_a_gallerys_key_is_rotated_in_tables_and_files_while_it_is_searched(tmp_path: Path) -> None:
@@ -202,6 +202,6 @@ async def test_a_gallerys_key_is_rotated_in_tables_and_files_while_it_is_searche
             while len(list((data_dir / "keys" / "galleries").glob("*.key"))) != 1:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         files = galleries_in_files(data_dir)["custody"]
-        assert {one["key"] for one in (files["state"], *files["segments"])} == {2}
+        assert {one.generation for one in (files.state, *files.segments)} == {2}
     async with whole_service(data_dir) as service:
         assert await found(service) == set(NAMES)
