@@ -107,18 +107,23 @@ def verify(records: Iterable[Mapping[str, object]], previous: str = CHAIN_START,
             raise _damaged(index, "it lacks a field or holds a value that is not JSON") from unfit
         if record.get("hash") != expected:
             raise _damaged(index, "its hash is not that of its content")
-        if record.get("detail") is not None and not _detail_fits(record):
+        if not detail_fits(record):
             raise _damaged(index, "its detail is not the one that was recorded")
         previous = expected
     return index, previous
 
 
-def _detail_fits(record: Mapping[str, object]) -> bool:
+def detail_fits(record: Mapping[str, object]) -> bool:
+    """Whether a record's detail and salt are, to the byte, what its digest was made of, or both erased."""
+    text, detail = record.get("salt"), record.get("detail")
+    if text is None or detail is None:
+        return text is detail
     try:
-        salt = bytes.fromhex(str(record.get("salt") or ""))
+        salt = bytes.fromhex(str(text))
     except ValueError:
         return False
-    return record["detail_digest"] == detail_digest(salt, canonical(record["detail"]))
+    # Hexadecimal reads in either case, and only one of them was written.
+    return salt.hex() == text and record["detail_digest"] == detail_digest(salt, canonical(detail))
 
 
 def _damaged(index: int, why: str) -> DataDamaged:

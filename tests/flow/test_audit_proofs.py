@@ -289,6 +289,23 @@ async def test_random_tamperings_with_an_export_are_all_found(kept: Kept) -> Non
             audit_proofs.verify_export(forged, checkpoint)
 
 
+async def test_every_flipped_bit_of_an_export_is_found(kept: Kept) -> None:
+    # One record without a detail and one with: what is hexadecimal would read as well in the other case.
+    await kept.fill(2)
+    whole = b"".join(await kept.lines())
+    checkpoint = await kept.proofs.checkpoint()
+    for place in range(8 * len(whole)):
+        changed = bytearray(whole)
+        changed[place // 8] ^= 1 << place % 8
+        with pytest.raises(DataDamaged):
+            audit_proofs.verify_export(bytes(changed).splitlines(keepends=True), checkpoint)
+    records = [json.loads(line) for line in whole.splitlines()[:-1]]
+    for one in records:
+        swapped = [record | {"salt": "00" * 32} if record is one else record for record in records]
+        with pytest.raises(DataDamaged, match="its detail is not the one"):
+            audit.verify(swapped)
+
+
 async def test_a_detail_that_is_gone_before_its_time_is_found_and_one_that_is_due_is_not(kept: Kept) -> None:
     await kept.log.record([AuditEvent("clerk", "noted", "thing", {"why": "a reason"})], [])
     records = await kept.log.audit(0, 10)
