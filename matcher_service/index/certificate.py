@@ -56,6 +56,7 @@ ANGLES = 65
 TABLES_MAX = 256
 _UNIT = 2.0**-24
 _DIRECTIONS = np.linspace(0.0, np.pi / 2, ANGLES)
+_STEP = math.pi / 2 / (ANGLES - 1)
 
 
 def tail(dimension: int, failure: float = FAILURE) -> float:
@@ -104,12 +105,12 @@ def support(along: Float64, across: Float64, tail_: float) -> Float64:
 def cut_offs(supports: Float64, cosines: Float64) -> Float64:
     """For parts with `supports`, float64 [p, ANGLES], and floors' cosines in [0, 1], float64 [n]: what the
     estimate of a unit probe reaches for every row of the part at or above the floor, float64 [p, n]."""
-    angles = np.arcsin(np.clip(cosines, 0.0, 1.0))
-    step = _DIRECTIONS[1]
-    left = np.minimum((angles / step).astype(np.int64), ANGLES - 2)
-    right_weight = np.sin(angles - _DIRECTIONS[left]) / math.sin(step)
-    left_weight = np.sin(_DIRECTIONS[left + 1] - angles) / math.sin(step)
-    found = left_weight * supports[:, left] + right_weight * supports[:, left + 1]
+    angles = np.arcsin(np.minimum(cosines, 1.0))
+    left = np.minimum((angles / _STEP).astype(np.int64), ANGLES - 2)
+    beyond = angles - left * _STEP
+    left_weight = np.sin(_STEP - beyond) / math.sin(_STEP)
+    right_weight = np.sin(beyond) / math.sin(_STEP)
+    found = left_weight * supports.take(left, axis=1) + right_weight * supports.take(left + 1, axis=1)
     return np.asarray(found - 1e-12)
 
 
@@ -123,7 +124,7 @@ def tables(rotated: Float32, centroids: Float32) -> tuple[Float64, Float64, Floa
     least = entries.min(axis=0).reshape(count, -1)
     most = entries.max(axis=0).reshape(count, -1)
     span = (most - least).max(axis=1).astype(np.float64)
-    magnitude = np.maximum(np.abs(least), np.abs(most)).sum(axis=1, dtype=np.float64)
+    magnitude = np.maximum(most, -least).sum(axis=1, dtype=np.float64)
     return span, least.sum(axis=1, dtype=np.float64), magnitude
 
 

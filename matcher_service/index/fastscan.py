@@ -25,7 +25,6 @@ from matcher_service.index import crew as crews
 from matcher_service.index.codes import Codes, CodesBuilder, blocks_for, packed_size
 from matcher_service.index.crew import Crew
 from matcher_service.index.flat import FlatScanner, Found, gather
-from matcher_service.index.grouped import not_below
 from matcher_service.index.products import Products
 from matcher_service.index.refined import Refined
 from matcher_service.index.rotation import Rotation, draw_rotation
@@ -119,15 +118,13 @@ class FastScanScanner:
         plans = self._costs.plan(probes, probe_norms, floors, usable)
         certified = np.zeros(len(probes), np.bool_)
         hits: list[Found] = []
-        for block in self._codes:
-            mine = plans == block
-            if not mine.any():
-                continue
-            if mine.all():
+        chosen = set(plans.tolist())
+        for block in chosen - {0}:
+            if len(chosen) == 1:
                 found, certified = self._filter(block, probes, floors, probe_norms)
                 hits.append(found)
             else:
-                mine = np.flatnonzero(mine)
+                mine = np.flatnonzero(plans == block)
                 found, certified[mine] = self._filter(block, probes[mine], floors[mine], probe_norms[mine])
                 hits.append(found._replace(probes=mine[found.probes]))
         if not certified.all():
@@ -208,7 +205,8 @@ class FastScanScanner:
         products = (least[:, None] * lower).astype(np.float32)
         found = self._near(block, probes, rotated, products, (cut_offs * lower).astype(np.float32))
         if self._always.size:
-            which, row = not_below(self._listed @ probes.T, products[:, 0])
+            # `Not below` rather than `at or above`: a product that overflowed to NaN is re-scored, not lost.
+            row, which = (~(self._listed @ probes.T < products[:, 0])).nonzero()
             found.append((which, self._always[row]))
         which = np.concatenate([one[0] for one in found]) if found else numbers[:0]
         rows = np.concatenate([one[1] for one in found]) if found else numbers[:0]
