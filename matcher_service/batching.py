@@ -115,7 +115,8 @@ class Batcher:
         passes first, and whatever the search raised."""
         if templates.shape[0] > permit.rows:
             raise ServiceFault("more probes than permits", hint="report this")
-        answer: asyncio.Future[Found] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Found] = loop.create_future()
         here, now = self._traces.here(), self._clock.monotonic()
         waiting = _Waiting(templates, floors, rank_max, deadline, min_sequence, now, answer, here)
         lanes = self._lanes.setdefault(lane, OrderedDict())
@@ -124,11 +125,11 @@ class Batcher:
         # No lock: nothing here waits. One would pass from message to message once a turn of the loop, and a thousand
         # that came at once would stand in line before the searchers.
         self._work.set()
+        timer = loop.call_later(deadline - now, _expire, answer)
         try:
-            async with asyncio.timeout(deadline - self._clock.monotonic()):
-                return await answer
-        except TimeoutError:
-            raise _too_late() from None
+            return await answer
+        finally:
+            timer.cancel()
 
     async def run(self) -> None:
         """Search until cancelled. The owner of this task sees its death; waiters get an answer even then."""
@@ -272,6 +273,11 @@ def _part(found: Found, begin: int, end: int) -> Found:
 def _fail(waiting: _Waiting, error: MatcherError) -> None:
     if not waiting.answer.done():
         waiting.answer.set_exception(error)
+
+
+def _expire(answer: asyncio.Future[Found]) -> None:
+    if not answer.done():
+        answer.set_exception(_too_late())
 
 
 def _too_late() -> DeadlineExceeded:

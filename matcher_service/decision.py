@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 
 from matcher_service.batching import Found
+from matcher_service.decisions import NOBODY, Decisions
 from matcher_service.errors import MatcherError
 from matcher_service.terms import (
     Alert,
@@ -57,34 +58,43 @@ def decide(
     gallery_ids: Sequence[str],
     missing: bool,
     new_alert_id: Callable[[], str],
-) -> list[Decision]:
+) -> Decisions:
     """One decision per searched probe, in order. `missing`: some part of the galleries did not answer."""
     result = found.result
-    without = Outcome.INCOMPLETE if missing else Outcome.NO_CANDIDATE
-    cause = Cause.SHARD_UNAVAILABLE if missing else ""
-    decisions = [Decision(probe_id, without, (), cause) for probe_id in probe_ids]
+    usual = Decision("", Outcome.INCOMPLETE, cause=Cause.SHARD_UNAVAILABLE) if missing else NOBODY
+    alerts: dict[int, Decision] = {}
     if result.scores.size:
         counts = result.offsets[1:] - result.offsets[:-1]
         for probe in counts.nonzero()[0].tolist():
-            decisions[probe] = Decision(
+            alerts[probe] = Decision(
                 probe_ids[probe],
                 Outcome.ALERT,
                 candidates_of(found, gallery_ids, probe),
                 alert_id=new_alert_id(),
             )
-    return decisions
+    return Decisions(probe_ids, usual, alerts)
 
 
-def with_repeatable_ids(message: ProbeMessage, decisions: Sequence[Decision]) -> list[Decision]:
+def among_refused(
+    probe_ids: Sequence[str], refusals: Mapping[int, MatcherError], searched: Decisions, rows: Sequence[int]
+) -> Decisions:
+    """The decisions of a message some of whose probes were refused, by row; `rows` are those of the searched."""
+    others = {row: rejection(probe_ids[row], refusal) for row, refusal in refusals.items()}
+    others |= {rows[at]: one for at, one in searched.others.items()}
+    return Decisions(probe_ids, searched.usual, dict(sorted(others.items())))
+
+
+def with_repeatable_ids(message: ProbeMessage, decisions: Decisions) -> Decisions:
     """The decisions with alert ids that a probe has again if its stream sends it again and the same is found.
 
     The candidates and their scores are part of what is hashed: another finding is another alert, so no alert can be
     hidden behind an earlier one's id. The nonce, which only the edge node knows, keeps the digest from being guessed.
     """
-    return [
-        one._replace(alert_id=_repeatable_id(message, row, one)) if one.outcome is Outcome.ALERT else one
-        for row, one in enumerate(decisions)
-    ]
+    others = {
+        row: one._replace(alert_id=_repeatable_id(message, row, one)) if one.outcome is Outcome.ALERT else one
+        for row, one in decisions.others.items()
+    }
+    return Decisions(decisions.probe_ids, decisions.usual, others)
 
 
 def _repeatable_id(message: ProbeMessage, row: int, decision: Decision) -> str:
@@ -105,7 +115,7 @@ def _repeatable_id(message: ProbeMessage, row: int, decision: Decision) -> str:
 
 def alert_records(
     message: ProbeMessage,
-    decisions: Sequence[Decision],
+    decisions: Decisions,
     thresholds: Mapping[str, float],
     sequence: int,
     policy_version: str,
@@ -128,13 +138,21 @@ def alert_records(
             policy_version=policy_version,
             complete=complete,
         )
-        for row, decision in enumerate(decisions)
+        for row, decision in decisions.others.items()
         if decision.outcome is Outcome.ALERT
     ]
 
 
-def withheld(decision: Decision, cause: Cause) -> Decision:
-    """The decision when its audit could not be written: no candidates, INCOMPLETE."""
+def withheld(decisions: Decisions, cause: Cause) -> Decisions:
+    """The decisions when their audit could not be written: no candidates, and INCOMPLETE but for the refused."""
+    return Decisions(
+        decisions.probe_ids,
+        _withheld(decisions.usual, cause),
+        {row: _withheld(one, cause) for row, one in decisions.others.items()},
+    )
+
+
+def _withheld(decision: Decision, cause: Cause) -> Decision:
     if decision.outcome is Outcome.REJECTED:
         return decision
     return Decision(decision.probe_id, Outcome.INCOMPLETE, cause=cause, detail="the audit could not be written")

@@ -8,7 +8,7 @@ metrics it touches are counters by outcome and unlabelled histograms.
 from __future__ import annotations
 
 import secrets
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,6 +21,7 @@ from matcher_service.alerts import AlertFeed
 from matcher_service.batching import Batch, Batcher, Found, Lane
 from matcher_service.catalogue import Catalogue
 from matcher_service.clock import LawfulTime
+from matcher_service.decisions import NOBODY, Decisions
 from matcher_service.errors import AuditUnavailable, MatcherError
 from matcher_service.live_scores import LiveScores
 from matcher_service.metrics import Metrics
@@ -32,7 +33,6 @@ from matcher_service.terms import (
     Alert,
     AuditEvent,
     Cause,
-    Decision,
     IdentifyReply,
     Outcome,
     ProbeMessage,
@@ -130,9 +130,13 @@ class Identify:
             if await self._replay.renewed(message.deadline):
                 plan, judged, now_ms = self._judged(message)
             missing = self._replay.missing()
-            templates = message.templates if not judged.refusals else message.templates[judged.usable]
             sequence = self._replay.applied
-            searched: list[Decision] = []
+            templates, probe_ids, refusals = message.templates, message.probe_ids, judged.refusals
+            rows: Sequence[int] = range(len(probe_ids))
+            if refusals:
+                rows = judged.usable.nonzero()[0].tolist()
+                templates, probe_ids = templates[judged.usable], [probe_ids[row] for row in rows]
+            decisions = Decisions(probe_ids, NOBODY, {})
             if judged.count:
                 with self._at_batching():
                     found = await self._batcher.submit(
@@ -146,11 +150,12 @@ class Identify:
                     )
                 sequence = found.result.sequence
                 missing = tuple(sorted({*missing, *found.result.missing}))
-                probe_ids = _usable_ids(message.probe_ids, judged)
-                searched = decision.decide(probe_ids, found, plan.gallery_ids, bool(missing), self._new_alert_id)
-                for row in (~found.usable).nonzero()[0].tolist():
-                    searched[row] = decision.rejection(probe_ids[row], policy.zero_template(row))
-            decisions = _in_order(message.probe_ids, judged, searched)
+                decisions = decision.decide(probe_ids, found, plan.gallery_ids, bool(missing), self._new_alert_id)
+                if not found.usable.all():
+                    without = [rows[at] for at in (~found.usable).nonzero()[0].tolist()]
+                    refusals = refusals | {row: policy.zero_template(row) for row in without}
+            if refusals:
+                decisions = decision.among_refused(message.probe_ids, refusals, decisions, rows)
             if message.stream_nonce:
                 decisions = decision.with_repeatable_ids(message, decisions)
             thresholds = dict(zip(plan.gallery_ids, plan.thresholds, strict=True))
@@ -170,7 +175,8 @@ class Identify:
         self._count(decisions)
         self._tallies.add(message, decisions)
         # Whoever was not alerted on is not to be found through an exemplar either (law 6).
-        exemplar = self._traces.exemplar() if alerts and any(one.candidates for one in decisions) else None
+        disclosed = bool(alerts) and any(one.candidates for one in decisions.others.values())
+        exemplar = self._traces.exemplar() if disclosed else None
         self._metrics.identify_seconds.observe(self._clock.monotonic() - message.received_at, exemplar)
         return IdentifyReply(
             decisions=decisions,
@@ -199,11 +205,12 @@ class Identify:
             raise
 
     async def _audited(
-        self, message: ProbeMessage, plan: policy.SearchPlan, decisions: list[Decision], alerts: Sequence[Alert]
-    ) -> list[Decision]:
+        self, message: ProbeMessage, plan: policy.SearchPlan, decisions: Decisions, alerts: Sequence[Alert]
+    ) -> Decisions:
         """Write what must be in the audit before anything is disclosed; withhold everything if it cannot be."""
         events = []
-        climb = self._conduct.disclosed(message.actor, decisions)
+        disclosed = list(decisions.others.values())
+        climb = self._conduct.disclosed(message.actor, disclosed)
         if climb is not None:
             events.append(climb)
         alerts = [one for one in alerts if one.alert_id not in self._recorded]
@@ -216,7 +223,7 @@ class Identify:
                     detail={
                         "galleries": list(plan.gallery_ids),
                         "probes": len(message.probe_ids),
-                        "candidates": sum(len(one.candidates) for one in decisions),
+                        "candidates": sum(len(one.candidates) for one in disclosed),
                     },
                 )
             )
@@ -225,7 +232,7 @@ class Identify:
                 await self._log.record(events, alerts)
         except AuditUnavailable as error:
             _log.error("audit_unavailable", detail=str(error))
-            return [decision.withheld(one, Cause.AUDIT_UNAVAILABLE) for one in decisions]
+            return decision.withheld(decisions, Cause.AUDIT_UNAVAILABLE)
         if message.stream_nonce:
             self._remember(alerts)
         self._feed.publish(alerts)
@@ -241,25 +248,9 @@ class Identify:
         # Time first, so that ids sort as alerts were raised.
         return f"{self._time.now_ms():012x}-{secrets.token_hex(8)}"
 
-    def _count(self, decisions: Sequence[Decision]) -> None:
-        for outcome, count in Counter(one.outcome for one in decisions).items():
+    def _count(self, decisions: Decisions) -> None:
+        for outcome, count in decisions.outcomes().items():
             self._outcomes[outcome].inc(count)
-        for one in decisions:
+        for one in decisions.others.values():
             if one.outcome is Outcome.REJECTED:
                 self._metrics.rejections.labels(one.cause).inc()
-
-
-def _usable_ids(probe_ids: Sequence[str], judged: policy.JudgedRows) -> Sequence[str]:
-    if not judged.refusals:
-        return probe_ids
-    return [probe_id for row, probe_id in enumerate(probe_ids) if row not in judged.refusals]
-
-
-def _in_order(probe_ids: Sequence[str], judged: policy.JudgedRows, searched: list[Decision]) -> list[Decision]:
-    if not judged.refusals:
-        return searched
-    rest = iter(searched)
-    return [
-        decision.rejection(probe_id, judged.refusals[row]) if row in judged.refusals else next(rest)
-        for row, probe_id in enumerate(probe_ids)
-    ]

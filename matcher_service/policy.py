@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -297,6 +298,8 @@ def judge_templates(templates: Float32) -> JudgedRows:
     """Rows [n, d] that are neither infinite, nor NaN, nor zero."""
     # Of each row the greatest magnitude, which is NaN or infinite if anything in it is: two passes, without a copy.
     peaks = np.maximum(templates.max(axis=1, initial=0.0), -templates.min(axis=1, initial=0.0))
+    if bool(((peaks > 0) & (peaks < np.inf)).all()):
+        return JudgedRows(np.ones(len(peaks), np.bool_), {})
     usable = np.asarray(np.isfinite(peaks))
     refusals: dict[int, MatcherError] = {
         int(row): InvalidInput(
@@ -383,7 +386,12 @@ def require_ids(values: Sequence[str], field: str, id_bytes_max: int) -> dict[in
 
 def floors(plan: SearchPlan, probes: int) -> Float32:
     """The thresholds of the plan for each probe, float32 [probes, galleries], none rounded down."""
-    row = np.asarray(plan.thresholds, dtype=np.float32)
-    low = row.astype(np.float64) < np.asarray(plan.thresholds)
+    return _floors(plan.thresholds)[None].repeat(probes, axis=0)
+
+
+@lru_cache(maxsize=256)
+def _floors(thresholds: tuple[float, ...]) -> Float32:
+    row = np.asarray(thresholds, dtype=np.float32)
+    low = row.astype(np.float64) < np.asarray(thresholds)
     row[low] = np.nextafter(row[low], np.float32(np.inf))
-    return np.broadcast_to(row, (probes, row.size))
+    return row

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
 
 import structlog
 
 from matcher_service import records
+from matcher_service.decisions import Decisions
 from matcher_service.errors import LogUnavailable
 from matcher_service.seams import AlertRecords
-from matcher_service.terms import CANARY_PREFIX, Decision, Outcome, ProbeMessage
+from matcher_service.terms import CANARY_PREFIX, Outcome, ProbeMessage
 
 STORE_EVERY_S = 5.0
 
@@ -27,15 +27,17 @@ class Tallies:
         self._store = store
         self._counts: Counter[tuple[str, str]] = Counter()
 
-    def add(self, message: ProbeMessage, decisions: Sequence[Decision]) -> None:
+    def add(self, message: ProbeMessage, decisions: Decisions) -> None:
         """Count the probes of an answered message; those of known people who watch over the service are no faces."""
-        faces = [one.outcome for one in decisions if not one.probe_id.startswith(CANARY_PREFIX)]
+        counts = Counter(decisions.outcomes())
+        if any(one.startswith(CANARY_PREFIX) for one in decisions.probe_ids):
+            counts = Counter(one.outcome for one in decisions if not one.probe_id.startswith(CANARY_PREFIX))
         authority = records.authority_name(message.deployment_id, message.case_reference)
-        refused = faces.count(Outcome.REJECTED)
+        refused = counts[Outcome.REJECTED]
         for name, by in (
-            ("faces_searched", len(faces) - refused),
+            ("faces_searched", counts.total() - refused),
             ("faces_refused", refused),
-            ("faces_incomplete", faces.count(Outcome.INCOMPLETE)),
+            ("faces_incomplete", counts[Outcome.INCOMPLETE]),
         ):
             if by:
                 self._counts[authority, name] += by

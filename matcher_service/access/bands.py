@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 
+from matcher_service.decisions import Decisions
 from matcher_service.errors import InvalidInput
-from matcher_service.terms import Actor, Alert, Candidate, Cause, Decision, IdentifyReply, Scope
+from matcher_service.terms import Actor, Alert, Candidate, Cause, IdentifyReply, Scope
 
 STEP = 0.05
 
@@ -47,13 +47,16 @@ def require_an_edge(actor: Actor, threshold: float | None) -> None:
 
 def reply_for(actor: Actor, reply: IdentifyReply) -> IdentifyReply:
     """The reply as this actor may see it."""
-    if sees_raw_scores(actor) or not any(one.candidates for one in reply.decisions):
+    if sees_raw_scores(actor):
         return reply
-    decisions: Sequence[Decision] = [
-        one._replace(candidates=tuple(map(banded, one.candidates))) if one.candidates else one
-        for one in reply.decisions
-    ]
-    return dataclasses.replace(reply, decisions=decisions)
+    found = Decisions.of(reply.decisions)
+    if not any(one.candidates for one in found.others.values()):
+        return reply
+    others = {
+        row: one._replace(candidates=tuple(map(banded, one.candidates))) if one.candidates else one
+        for row, one in found.others.items()
+    }
+    return dataclasses.replace(reply, decisions=Decisions(found.probe_ids, found.usual, others))
 
 
 def alert_for(actor: Actor, alert: Alert) -> Alert:

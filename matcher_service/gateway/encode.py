@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from matcher_service.decision import rejection
+from matcher_service.decisions import NOBODY, Decisions
 from matcher_service.errors import MatcherError
 from matcher_service.receipts import EnrolReceipts
 from matcher_service.terms import (
@@ -40,12 +41,15 @@ _WRITE_OUTCOMES = {
 
 
 def identify_reply(reply: IdentifyReply) -> pb.IdentifyReply:
-    make, without = pb.Decision, Outcome.NO_CANDIDATE
+    found, make = Decisions.of(reply.decisions), pb.Decision
+    if found.usual == NOBODY:
+        decisions = [make(probe_id=one, outcome=pb.NO_CANDIDATE) for one in found.probe_ids]
+        for row, one in found.others.items():
+            decisions[row] = _decision(one)
+    else:
+        decisions = [_decision(one) for one in found]
     return pb.IdentifyReply(
-        decisions=[
-            make(probe_id=one.probe_id, outcome=pb.NO_CANDIDATE) if one.outcome is without else _decision(one)
-            for one in reply.decisions
-        ],
+        decisions=decisions,
         sequence=reply.sequence,
         space=_space(reply.space),
         policy_version=reply.policy_version,

@@ -253,6 +253,10 @@ async def test_a_probe_at_the_centre_of_its_space_has_no_direction(tmp_path: Pat
         answers = await service.ask(space, np.stack([centre, centre + 1]), min_sequence=refused[-1].sequence)
         assert answers["p0"].decision.cause == "ZERO_TEMPLATE"
         assert answers["p1"].decision.outcome is Outcome.ALERT
+        # Refused at another station than its neighbour, and told by its row of the message all the same.
+        answers = await service.ask(space, np.stack([np.full_like(centre, np.nan), centre + 1, centre]))
+        told = [(answers[f"p{at}"].decision.cause, answers[f"p{at}"].decision.field) for at in range(3)]
+        assert told == [("NOT_FINITE", "templates[0]"), ("", ""), ("ZERO_TEMPLATE", "templates[2]")]
 
 
 async def test_the_same_key_changes_nothing_twice(tmp_path: Path) -> None:

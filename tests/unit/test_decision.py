@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 
 import numpy as np
 from hypothesis import given
@@ -10,8 +11,10 @@ from hypothesis import strategies as st
 
 from matcher_service import decision
 from matcher_service.batching import Found
+from matcher_service.decisions import NOBODY, Decisions
 from matcher_service.errors import Overloaded
-from matcher_service.terms import Actor, Cause, Decision, Outcome, ProbeMessage, SearchResult, SpaceId
+from matcher_service.gateway import encode
+from matcher_service.terms import Actor, Cause, Decision, IdentifyReply, Outcome, ProbeMessage, SearchResult, SpaceId
 
 GALLERIES = ("custody", "immigration")
 
@@ -30,7 +33,7 @@ def found(counts: list[int], missing: tuple[str, ...] = ()) -> Found:
     return Found(result, np.full(total, 1e-4), np.ones(len(counts), bool))
 
 
-def decide(counts: list[int], missing: bool = False) -> list[Decision]:
+def decide(counts: list[int], missing: bool = False) -> Decisions:
     ids = [f"p{at}" for at in range(len(counts))]
     numbers = itertools.count()
     return decision.decide(ids, found(counts), GALLERIES, missing, lambda: f"alert-{next(numbers)}")
@@ -49,6 +52,30 @@ def test_law_4_a_candidate_is_an_alert_and_only_what_lacks_one_can_be_incomplete
         else:
             assert one.outcome is (Outcome.INCOMPLETE if missing else Outcome.NO_CANDIDATE)
             assert one.cause == (Cause.SHARD_UNAVAILABLE if missing else "")
+
+
+@given(
+    st.lists(st.sampled_from(["nobody", "alert", "missing", "refused"]), min_size=1, max_size=12),
+    st.sampled_from([NOBODY, Decision("", Outcome.INCOMPLETE, cause="SHARD_UNAVAILABLE")]),
+)
+def test_decisions_kept_by_what_is_usual_are_those_of_the_rows(kinds: list[str], usual: Decision) -> None:
+    made = {
+        "nobody": Decision("", Outcome.NO_CANDIDATE),
+        "alert": Decision("", Outcome.ALERT, alert_id="a"),
+        "missing": Decision("", Outcome.INCOMPLETE, cause="SHARD_UNAVAILABLE"),
+        "refused": decision.rejection("", Overloaded("full", hint="later")),
+    }
+    rows = [made[kind]._replace(probe_id=f"p{at}") for at, kind in enumerate(kinds)]
+    others = {row: one for row, one in enumerate(rows) if one[1:] != usual[1:]}
+    for columns in (Decisions.of(rows), Decisions([one.probe_id for one in rows], usual, others)):
+        assert Decisions.of(columns) is columns
+        assert list(columns) == rows
+        assert [columns[at] for at in range(len(columns))] == rows
+        assert (columns[-1], list(columns[1:3])) == (rows[-1], rows[1:3])
+        assert columns.outcomes() == Counter(one.outcome for one in rows)
+        encoded = encode.identify_reply(IdentifyReply(columns, 1, SpaceId("s", 1, 2), "1", {}))
+        assert encoded == encode.identify_reply(IdentifyReply(rows, 1, SpaceId("s", 1, 2), "1", {}))
+        assert [one.probe_id for one in encoded.decisions] == [one.probe_id for one in rows]
 
 
 def test_candidates_keep_their_order_and_their_own_values() -> None:
@@ -94,8 +121,7 @@ def vars_of(value: object) -> list[object]:
 
 
 def test_law_7_without_an_audit_nothing_is_disclosed() -> None:
-    alerting = decide([2])[0]
-    hidden = decision.withheld(alerting, Cause.AUDIT_UNAVAILABLE)
+    hidden = decision.withheld(decide([2]), Cause.AUDIT_UNAVAILABLE)[0]
     assert (hidden.outcome, hidden.cause, hidden.candidates, hidden.alert_id) == (
         Outcome.INCOMPLETE,
         "AUDIT_UNAVAILABLE",
@@ -103,7 +129,8 @@ def test_law_7_without_an_audit_nothing_is_disclosed() -> None:
         "",
     )
     refused = decision.rejection("p", Overloaded("full", hint="later", retry_after_ms=5))
-    assert decision.withheld(refused, Cause.AUDIT_UNAVAILABLE) == refused
+    kept = Decisions(["p"], NOBODY, {0: refused})
+    assert list(decision.withheld(kept, Cause.AUDIT_UNAVAILABLE)) == [refused]
 
 
 def test_a_rejection_says_what_to_do_and_when() -> None:
