@@ -100,7 +100,7 @@ def taken_shares(rate: Rate, dimension: int) -> Float32:
 
 
 class Costs:
-    """What each way of answering costs a segment of `rows` rows, per probe and row.
+    """What each way of answering costs a segment of `rows` rows, per row.
 
     `rates` by block; `wide`: its rows are float32 already; `sample`: what `looked_at` gave.
     """
@@ -125,10 +125,10 @@ class Costs:
         self._shares = [taken_shares(rate, dimension) for rate in rates.values()]
         self._usual = np.array([shares @ cosines for shares in self._shares]).reshape(len(rates), FLOORS.size)
 
-    def whole(self, batch: int) -> float:
-        """Of a full scan for one of `batch` probes."""
+    def whole(self, probes: Int64) -> Float64:
+        """Of a full scan for so many probes, in all."""
         once = _WIDE_NS if self._wide else _CONVERT_NS
-        return self._dimension * min(_FEW_NS, once / max(1, batch) + _PRODUCT_NS)
+        return np.asarray(self._dimension * np.minimum(_FEW_NS * probes, once + _PRODUCT_NS * probes))
 
     def plan(
         self,
@@ -158,10 +158,14 @@ class Costs:
             coded += self._pass[-1] / 2 + _GUESS_NS / max(1, self._rows)
         cheapest = coded.argmin(axis=0)
         best = coded[cheapest, np.arange(batch)] + _START_NS / max(1, self._rows * batch)
-        by_codes = best < self.whole(batch)
+        whole = self.whole(np.arange(1, batch + 1))
+        by_codes = best * batch < whole[-1]
         if not by_codes.all():
-            # The fewer go without codes, the dearer is a full scan for each of them.
-            by_codes = best < self.whole(batch - int(by_codes.sum()))
+            # A full scan turns rows into float32 once for however many: the dearest share it, if that pays for all.
+            dearest = (-best).argsort()
+            saved = best[dearest].cumsum() - whole
+            by_codes[:] = True
+            by_codes[dearest[: int(saved.argmax()) + 1 if saved.max() > 0 else 0]] = False
         return np.where(by_codes, self._blocks[cheapest], 0)
 
     def _seen(self, probes: Float32, probe_norms: Float64, steps: Int64) -> Float64:

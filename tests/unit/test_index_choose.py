@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from matcher_service.index import certificate, choose
 from matcher_service.index.fastscan import build_fastscan
@@ -66,6 +68,24 @@ def test_a_probe_amid_a_crowd_is_told_by_the_rows_it_is_compared_with() -> None:
     plans = planned(costs, [0.5] * 64, probes)
     assert plans[0] == 0
     assert set(plans[1:]) == {5}
+
+
+@given(st.lists(st.floats(0.5, 300.0), min_size=1, max_size=40), st.booleans())
+def test_no_other_choice_of_those_that_share_a_full_scan_costs_less(codes_ns: list[float], wide: bool) -> None:
+    costs = choose.Costs(10**9, 512, np.zeros(choose.BINS), RATES, np.zeros((1, 512), np.float32), wide)
+    asked = np.array(codes_ns)
+    costs._pass = np.zeros(1)
+    costs._seen = lambda *_: asked[None] / costs._taken_ns  # type: ignore[method-assign]
+    count = len(asked)
+    by_codes = (
+        costs.plan(np.ones((count, 512), np.float32), np.ones(count), np.ones(count, np.float32), np.ones(count, bool))
+        > 0
+    )
+    shared = int(count - by_codes.sum())
+    cost = asked[by_codes].sum() + (costs.whole(np.array([shared]))[0] if shared else 0.0)
+    rest = np.sort(asked)
+    best = min(rest[: count - n].sum() + (costs.whole(np.array([n]))[0] if n else 0.0) for n in range(count + 1))
+    assert cost <= best * (1 + 1e-6)
 
 
 def test_the_share_taken_falls_with_the_floor_and_with_the_rate_and_rises_with_the_cosine() -> None:
