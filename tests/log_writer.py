@@ -14,9 +14,11 @@ FAR_MS = NOW_MS + 10**10
 
 
 class LogWriter:
-    """Numbers entries from 1 and remembers them all, so that a shard can be replayed from any place."""
+    """Numbers entries from 1, one a millisecond from `began_ms` on, and remembers them all, so that a shard can be
+    replayed from any place."""
 
-    def __init__(self) -> None:
+    def __init__(self, began_ms: int = NOW_MS) -> None:
+        self._began_ms = began_ms
         self.entries: list[LogEntry] = []
 
     def create(self, gallery_id: str, dimension: int) -> LogEntry:
@@ -56,7 +58,15 @@ class LogWriter:
     ) -> LogEntry:
         sequence = len(self.entries) + 1
         entry = LogEntry(
-            sequence, kind, NOW_MS + sequence, gallery_id, reference_id, subject_id, expires_at_ms, template, record
+            sequence,
+            kind,
+            self._began_ms + sequence,
+            gallery_id,
+            reference_id,
+            subject_id,
+            expires_at_ms,
+            template,
+            record,
         )
         self.entries.append(entry)
         return entry
