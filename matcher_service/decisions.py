@@ -47,7 +47,7 @@ class Decisions(Sequence[Decision]):
         others = {row: one for row, one in enumerate(decisions) if one[1:] != NOBODY[1:]}
         return cls([one.probe_id for one in decisions], NOBODY, others)
 
-    def outcomes(self) -> Mapping[Outcome, int]:
+    def outcomes(self) -> Counter[Outcome]:
         """How many of each."""
         counts = Counter(one.outcome for one in self.others.values())
         if len(self) > len(self.others):

@@ -298,9 +298,9 @@ def judge_templates(templates: Float32) -> JudgedRows:
     """Rows [n, d] that are neither infinite, nor NaN, nor zero."""
     # Of each row the greatest magnitude, which is NaN or infinite if anything in it is: two passes, without a copy.
     peaks = np.maximum(templates.max(axis=1, initial=0.0), -templates.min(axis=1, initial=0.0))
-    if bool(((peaks > 0) & (peaks < np.inf)).all()):
-        return JudgedRows(np.ones(len(peaks), np.bool_), {})
-    usable = np.asarray(np.isfinite(peaks))
+    usable = np.asarray((peaks > 0) & (peaks < np.inf))
+    if usable.all():
+        return JudgedRows(usable, {})
     refusals: dict[int, MatcherError] = {
         int(row): InvalidInput(
             "the template holds NaN or infinity",
@@ -308,12 +308,11 @@ def judge_templates(templates: Float32) -> JudgedRows:
             cause=Cause.NOT_FINITE,
             hint="send finite numbers only",
         )
-        for row in np.flatnonzero(~usable)
+        for row in np.flatnonzero(~np.isfinite(peaks))
     }
-    some = np.asarray(peaks != 0)
-    for row in np.flatnonzero(usable & ~some):
+    for row in np.flatnonzero(peaks == 0):
         refusals[int(row)] = zero_template(int(row))
-    return JudgedRows(usable & some, refusals)
+    return JudgedRows(usable, refusals)
 
 
 def zero_template(row: int) -> InvalidInput:

@@ -29,7 +29,7 @@ class Tallies:
 
     def add(self, message: ProbeMessage, decisions: Decisions) -> None:
         """Count the probes of an answered message; those of known people who watch over the service are no faces."""
-        counts = Counter(decisions.outcomes())
+        counts = decisions.outcomes()
         if any(one.startswith(CANARY_PREFIX) for one in decisions.probe_ids):
             counts = Counter(one.outcome for one in decisions if not one.probe_id.startswith(CANARY_PREFIX))
         authority = records.authority_name(message.deployment_id, message.case_reference)
