@@ -116,6 +116,7 @@ class Ours:
                 hits, beyond = scanner.guess(vectors, count + count // 2 + 4)
                 floors = self._floors(hits, count)
                 of_whole = np.repeat(floors > beyond, np.diff(hits.offsets))
+                certified += int((hits.certified & (floors > beyond)).sum())
                 found.append(
                     (np.repeat(probes, np.diff(hits.offsets))[of_whole], hits.rows[of_whole], hits.scores[of_whole])
                 )

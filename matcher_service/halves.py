@@ -44,6 +44,15 @@ def widened(halves: NDArray[np.float16]) -> Float32:
     return widen(halves, np.empty(halves.shape, np.float32))
 
 
+def largest_magnitude(halves: NDArray[np.float16]) -> float:
+    """Of finite float16 values in C order; 0 where there are none. The bits of a magnitude grow with it."""
+    bits = halves.reshape(-1).view(np.uint16)
+    positive = max(0, int(bits.view(np.int16).max(initial=0)))
+    negative = int(bits.max(initial=0)) & int(_MAGNITUDE)
+    largest = positive if int(bits.max(initial=0)) <= _MAGNITUDE else max(positive, negative)
+    return float(np.uint16(largest).view(np.float16))
+
+
 def narrowed(values: Float32) -> NDArray[np.float16]:
     """Float32 values as float16, to the nearest, and of two that are as near to the even one; a copy in C order."""
     flat = np.ascontiguousarray(values).reshape(-1)

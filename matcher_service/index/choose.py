@@ -35,9 +35,8 @@ _TABLE_NS = 0.0147  # per row and table
 _TAKEN_NS = 0.8  # per row taken and dimension: mostly the time in which memory answers, with two that ask it
 _START_NS = 120_000  # that a filter takes to begin, however few its rows
 _FEW_NS = 0.11  # of a full scan of few probes, per row, dimension and probe
-_CONVERT_NS = 0.75  # of a full scan of many, per row and dimension, whatever the number of probes: BLAS copies it too
-_PRODUCT_NS = 0.021  # and per row, dimension and probe
-_WIDE_NS = 0.45  # the same of rows that are float32 already
+_CODE_NS = 0.31  # of a full scan of many, per row and dimension, whatever the number of probes
+_SUM_NS = 0.0047  # and per row, dimension and probe
 _GUESS_NS = 600_000  # of a guess by codes, per probe, beside half a pass: after it comes a scan, after a full one none
 
 
@@ -102,7 +101,7 @@ def taken_shares(rate: Rate, dimension: int) -> Float32:
 class Costs:
     """What each way of answering costs a segment of `rows` rows, per row.
 
-    `rates` by block; `wide`: its rows are float32 already; `sample`: what `looked_at` gave.
+    `rates` by block; `sample`: what `looked_at` gave.
     """
 
     def __init__(
@@ -112,12 +111,10 @@ class Costs:
         cosines: Float64,
         rates: Mapping[int, Rate],
         sample: Float32,
-        wide: bool = False,
     ) -> None:
         self._rows = rows
         self._dimension = dimension
         self._cosines = cosines
-        self._wide = wide
         self._sample = sample
         self._blocks = np.array([*rates, 0], np.int64)
         self._taken_ns = dimension * _TAKEN_NS
@@ -127,8 +124,11 @@ class Costs:
 
     def whole(self, probes: Int64) -> Float64:
         """Of a full scan for so many probes, in all."""
-        once = _WIDE_NS if self._wide else _CONVERT_NS
-        return np.asarray(self._dimension * np.minimum(_FEW_NS * probes, once + _PRODUCT_NS * probes))
+        return np.asarray(self._dimension * np.minimum(_FEW_NS * probes, _CODE_NS + _SUM_NS * probes))
+
+    def guess_is_dear(self, probes: int) -> bool:
+        """Whether to begin guesses by codes takes so many probes longer than a full scan, whatever comes after."""
+        return bool(_GUESS_NS * probes >= self._rows * self.whole(np.array(probes)))
 
     def plan(
         self,
@@ -161,7 +161,7 @@ class Costs:
         whole = self.whole(np.arange(1, batch + 1))
         by_codes = best * batch < whole[-1]
         if not by_codes.all():
-            # A full scan turns rows into float32 once for however many: the dearest share it, if that pays for all.
+            # A full scan codes rows once for however many: the dearest share it, if that pays for all.
             dearest = (-best).argsort()
             saved = best[dearest].cumsum() - whole
             by_codes[:] = True

@@ -24,7 +24,7 @@ from matcher_service.index import certificate, choose
 from matcher_service.index import crew as crews
 from matcher_service.index.codes import Codes, CodesBuilder, blocks_for, packed_size
 from matcher_service.index.crew import Crew
-from matcher_service.index.flat import FlatScanner, Found, gather
+from matcher_service.index.flat import FlatScanner, Found, Kept, gather, kept_of
 from matcher_service.index.products import Products
 from matcher_service.index.refined import Refined
 from matcher_service.index.rotation import Rotation, draw_rotation
@@ -41,7 +41,7 @@ _TASKS = 8  # of a scan, at least, where there are so many parts
 _ALONE_PAIRS = 25_000  # up to so many rows times probes one thread is done before a second has begun
 _GUESS_PARTS = 2  # a guess goes through one part in so many
 _GUESS_FOLD = 3  # and asks for so many times the rows that are wanted
-_WIDE_VALUES_MAX = 1 << 23  # templates of so many values are held as float32 too: 32 MiB
+_KEPT_VALUES_MAX = 1 << 23  # of templates for whose full scans is kept what these need: 40 MiB
 _CUT_MIN = 1e-3  # the least cut-off that probes are divided by
 _NONE: Int64 = np.empty(0, np.int64)
 
@@ -50,8 +50,8 @@ class FastScanScanner:
     """An exact scanner over `stored`, float16 [n, d] in C order, kept and not copied.
 
     Build it with `build_fastscan`, or from a saved `state`. `crew` runs the parts of a scan side by side
-    (None: in the caller's thread); each of its threads must have called `one_thread`. `wide` float32
-    [n, d] equals `stored`, for full scans (None: these turn rows into float32 as needed).
+    (None: in the caller's thread); each of its threads must have called `one_thread`. `kept`: what full
+    scans need of few rows (None: computed each time).
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class FastScanScanner:
         stored: NDArray[np.float16],
         state: Mapping[str, NDArray[Any]],
         crew: Crew | None = None,
-        wide: Float32 | None = None,
+        kept: Kept | None = None,
     ) -> None:
         self.rows, self._dimension = int(stored.shape[0]), int(stored.shape[1])
         self._stored = stored
@@ -78,7 +78,7 @@ class FastScanScanner:
         products = Products(stored)
         self._refined = {block: Refined(codes, products) for block, codes in self._codes.items()}
         self._crew = crew
-        self._whole = FlatScanner(stored, crew, self._norm_max, wide)
+        self._whole = FlatScanner(stored, crew, self._norm_max, kept)
         self._listed: Float32 = widened(stored[self._always])
         sample = choose.looked_at(stored)
         self._costs = choose.Costs(
@@ -87,7 +87,6 @@ class FastScanScanner:
             np.asarray(state["cosines"], np.float64),
             {block: self._rate(codes, sample) for block, codes in self._codes.items()},
             sample,
-            wide is not None,
         )
 
     def state(self) -> dict[str, NDArray[Any]]:
@@ -130,6 +129,7 @@ class FastScanScanner:
         if not certified.all():
             whole = np.flatnonzero(~certified)
             flat = self._whole.scan(np.ascontiguousarray(probes[whole]), floors[whole])
+            certified[whole] = flat.certified
             hits.append(Found(np.repeat(whole, np.diff(flat.offsets)), flat.rows, flat.scores))
         return gather(hits, certified)
 
@@ -137,7 +137,7 @@ class FastScanScanner:
         """Of probes for which codes will pay, the best by the estimates of the finest in every so many parts, then by
         product; of the others the best of all rows."""
         wanted = min(count, self.rows)
-        if wanted <= 0 or not len(probes) or not self._codes:
+        if wanted <= 0 or not len(probes) or not self._codes or self._costs.guess_is_dear(len(probes)):
             return self._whole.guess(probes, count)
         floors = np.full(len(probes), self._costs.floor_of_best(wanted), np.float32)
         probe_norms = norms(probes)
@@ -152,7 +152,9 @@ class FastScanScanner:
         limits = np.full(len(probes), np.inf, np.float32)
         limits[others] = whole.beyond
         found = Found(np.repeat(others, np.diff(whole.hits.offsets)), whole.hits.rows, whole.hits.scores)
-        hits = gather([likely._replace(probes=mine[likely.probes]), found], np.zeros(len(probes), np.bool_))
+        certified = np.zeros(len(probes), np.bool_)
+        certified[others] = whole.hits.certified
+        hits = gather([likely._replace(probes=mine[likely.probes]), found], certified)
         return Guess(hits, limits)
 
     def _likely(self, probes: Float32, count: int) -> Found:
@@ -292,22 +294,21 @@ class FastScanScanners:
 
     def build(self, stored: NDArray[np.float16]) -> Scanner:
         if not choose.worth_codes(*stored.shape):
-            return FlatScanner(stored, self._crew, wide=self._wide(stored))
-        return build_fastscan(stored, crew=self._crew, wide=self._wide(stored))
+            return FlatScanner(stored, self._crew, kept=self._kept(stored))
+        return build_fastscan(stored, crew=self._crew, kept=self._kept(stored))
 
     def arrays(self, scanner: Scanner) -> Mapping[str, NDArray[Any]]:
         return scanner.state() if isinstance(scanner, FastScanScanner) else {}
 
     def load(self, stored: NDArray[np.float16], arrays: Mapping[str, NDArray[Any]]) -> Scanner:
         if not arrays:
-            return FlatScanner(stored, self._crew, wide=self._wide(stored))
+            return FlatScanner(stored, self._crew, kept=self._kept(stored))
         check(stored, arrays)
-        return FastScanScanner(stored, arrays, self._crew, self._wide(stored))
+        return FastScanScanner(stored, arrays, self._crew, self._kept(stored))
 
     @staticmethod
-    def _wide(stored: NDArray[np.float16]) -> Float32 | None:
-        """The rows of a small segment as float32, for its full scans."""
-        return widened(stored) if stored.size <= _WIDE_VALUES_MAX else None
+    def _kept(stored: NDArray[np.float16]) -> Kept | None:
+        return kept_of(stored) if stored.size <= _KEPT_VALUES_MAX else None
 
     def close(self) -> None:
         if self._crew is not None:
@@ -356,7 +357,7 @@ def build_fastscan(
     blocks: tuple[int, ...] | None = None,
     crew: Crew | None = None,
     entropy: int | None = None,
-    wide: Float32 | None = None,
+    kept: Kept | None = None,
 ) -> FastScanScanner:
     """A scanner over `stored`, float16 [n, d] in C order, with a rotation of its own.
 
@@ -395,7 +396,7 @@ def build_fastscan(
     }
     for block, builder in builders.items():
         state |= {f"{block}/{name}": value for name, value in builder.finish(always).items()}
-    return FastScanScanner(stored, state, crew, wide)
+    return FastScanScanner(stored, state, crew, kept)
 
 
 def _best(refined: Refined, part: int, pairs: Float32, count: int) -> Callable[[], tuple[Float32, Int64]]:

@@ -18,7 +18,7 @@ from matcher_service.terms import Float32, Int64
 class Hits(NamedTuple):
     """Rows found for a batch of n probes, in columns: those of probe i stand at offsets[i]:offsets[i+1], in
     no particular order. `scores` are final scores (float64 product rounded to float32). `certified` bool [n]:
-    answered through the filter's certificate; else the segment was scanned in full for that probe."""
+    answered through the certificate of a filter, of codes or of integers; else every row was multiplied in float32."""
 
     offsets: Int64
     rows: Int64

@@ -228,7 +228,9 @@ class _Search:
                 self._raise_by(guessed)
                 whole = np.maximum(floors[some], self._kth[some]) > guess.beyond
                 answered[some[whole]] = True
-                self._scanned += int(np.count_nonzero(whole))
+                certified = int(np.count_nonzero(guess.hits.certified[whole]))
+                self._certified += certified
+                self._scanned += int(np.count_nonzero(whole)) - certified
                 self._keep(part, _taken(guessed, answered[guessed.probes]))
             chosen = chosen[~done[chosen] & ~answered[chosen] & ~np.isfinite(self._kth[chosen])]
             count *= 4

@@ -13,9 +13,10 @@ from typing import Protocol
 
 import numpy as np
 
-from matcher_service.halves import widen
+from matcher_service.halves import largest_magnitude, widen
 from matcher_service.index.choose import worth_codes
-from matcher_service.index.flat import FlatScanner
+from matcher_service.index.flat import FlatScanner, Kept
+from matcher_service.index.integer_bound import law_within
 from matcher_service.index.rows import Float16, HashIndex, Names, Narrow, Rows, UInt32, id_hashes, joined
 from matcher_service.index.scanner import Growing, Scanner
 from matcher_service.index.score import norm_bound
@@ -168,6 +169,7 @@ class Tail:
         # The newest row of each reference, live or not.
         self.row_of: dict[bytes, int] = {}
         self._row_norm_max = 0.0
+        self._largest = 0.0
 
     def append(
         self, stored: Float16, sequences: Int64, expires_at_ms: Int64, references: list[bytes], subjects: list[bytes]
@@ -186,6 +188,7 @@ class Tail:
         self.subjects.extend(subjects)
         self.row_of.update(zip(references, range(start, stop), strict=True))
         self._row_norm_max = max(self._row_norm_max, norm_bound(self.wide[start:stop]))
+        self._largest = max(self._largest, largest_magnitude(self.stored[start:stop]))
         self.rows = stop
         if self.growing is not None:
             self.growing.append(self.stored[start:stop])
@@ -208,7 +211,7 @@ class Tail:
         self.died_ms_min = min(self.died_ms_min, at_ms)
 
     def view(self) -> TailView:
-        scanner: Scanner = FlatScanner(self.stored[: self.rows], None, self._row_norm_max, self.wide[: self.rows])
+        scanner: Scanner = self._whole(self.stored[: self.rows], self.wide[: self.rows])
         if self.growing is not None:
             scanner = self.growing.view(self.stored[: self.rows], scanner)
         return TailView(
@@ -227,10 +230,14 @@ class Tail:
         if self.dead:
             live = np.flatnonzero(self.died_at[: self.rows] == LIVE)
             content, wide = joined([(content, live)]), wide[live]
-        whole = FlatScanner(content.stored, None, self._row_norm_max, wide)
+        whole = self._whole(content.stored, wide)
         if self.growing is None:
             return Segment(content, whole, coded=not lacks_codes(content.stored, whole))
         return Segment(content, self.growing.frozen(content.stored, whole))
+
+    def _whole(self, stored: Float16, wide: Float32) -> FlatScanner:
+        law = law_within(self._largest, self._row_norm_max, stored.shape[1])
+        return FlatScanner(stored, None, self._row_norm_max, Kept(wide, None, law))
 
     def dead_sequences(self) -> Int64:
         """Sequences of the rows that have ended."""

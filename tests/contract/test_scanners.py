@@ -10,11 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from matcher_service.errors import DataDamaged
+from matcher_service.halves import largest_magnitude, widened
 from matcher_service.index.crew import Crew
 from matcher_service.index.fastscan import FastScanScanner, FastScanScanners, build_fastscan, check, one_thread
-from matcher_service.index.flat import FlatScanner
+from matcher_service.index.flat import FlatScanner, Kept, kept_of
+from matcher_service.index.integer_bound import law_within
 from matcher_service.index.scanner import Hits, Scanner
-from matcher_service.index.score import exact_scores
+from matcher_service.index.score import exact_scores, norms
 from matcher_service.terms import Float32
 
 Make = Callable[[np.ndarray], Scanner]
@@ -28,6 +30,12 @@ def restored(stored: np.ndarray, crew: Crew | None = None) -> Scanner:
     return FastScanScanner(stored, state, crew)
 
 
+def open_rows(stored: np.ndarray) -> Kept:
+    """What the open rows of a gallery keep."""
+    law = law_within(largest_magnitude(stored), float(norms(stored).max(initial=0.0)), stored.shape[1])
+    return Kept(widened(stored), None, law)
+
+
 @pytest.fixture(scope="module")
 def threads() -> Iterator[Crew]:
     crew = Crew(2, one_thread)
@@ -35,13 +43,29 @@ def threads() -> Iterator[Crew]:
     crew.close()
 
 
-@pytest.fixture(params=["flat", "flat, threads", "fast scan", "fast scan, threads", "fast scan, restored"])
+@pytest.fixture(
+    params=[
+        "flat",
+        "flat, threads",
+        "flat, kept",
+        "flat, kept, threads",
+        "flat, open rows",
+        "fast scan",
+        "fast scan, threads",
+        "fast scan, kept",
+        "fast scan, restored",
+    ]
+)
 def make(request: pytest.FixtureRequest, threads: Crew) -> Make:
     makes: dict[str, Make] = {
         "flat": FlatScanner,
         "flat, threads": lambda stored: FlatScanner(stored, threads),
+        "flat, kept": lambda stored: FlatScanner(stored, kept=kept_of(stored)),
+        "flat, kept, threads": lambda stored: FlatScanner(stored, threads, kept=kept_of(stored)),
+        "flat, open rows": lambda stored: FlatScanner(stored, kept=open_rows(stored)),
         "fast scan": build_fastscan,
         "fast scan, threads": lambda stored: build_fastscan(stored, crew=threads),
+        "fast scan, kept": lambda stored: build_fastscan(stored, kept=kept_of(stored)),
         "fast scan, restored": lambda stored: restored(stored, threads),
     }
     return makes[request.param]
@@ -77,7 +101,7 @@ def agrees(hits: Hits, stored: np.ndarray, probes: Float32, floors: Float32) -> 
 
 
 @pytest.mark.parametrize("dimension", [512, 128, 64])
-@pytest.mark.parametrize("count", [1, 3, 40])
+@pytest.mark.parametrize("count", [1, 3, 40, 150])
 def test_law_2_a_scan_finds_the_rows_at_or_above_the_floor_and_no_others(
     make: Make, dimension: int, count: int
 ) -> None:
@@ -187,6 +211,23 @@ def test_a_guess_gives_true_scores_of_as_many_different_rows_as_wanted(make: Mak
         assert np.delete(scores, hits.rows[mine]).max() <= beyond[number]
 
 
+def test_a_guess_for_probes_that_are_no_numbers_promises_nothing_and_disturbs_nobody(make: Make) -> None:
+    stored = gallery(10, 2500, 128)
+    probes = probes_of(10, stored, 12, 2.0)
+    probes[1], probes[2] = np.nan, 0.0
+    with np.errstate(invalid="ignore"):
+        hits, beyond = make(stored).guess(probes, 10)
+    for number in set(range(12)) - {1, 2}:
+        scores = exact_scores(stored, probes[number])
+        mine = hits.rows[hits.offsets[number] : hits.offsets[number + 1]]
+        assert np.unique(mine).size == mine.size >= 10
+        assert np.delete(scores, mine).max() <= beyond[number]
+    # Of the probe of zeros every score is 0.
+    for number in (1, 2):
+        mine = hits.rows[hits.offsets[number] : hits.offsets[number + 1]]
+        assert mine.size == 2500 or not beyond[number] < 0
+
+
 def test_a_guess_by_codes_finds_most_of_the_best() -> None:
     stored = gallery(10, 8000, 512, spread=0.3)
     scanner = build_fastscan(stored)
@@ -216,14 +257,18 @@ def test_law_2_any_gallery_any_probe_any_floor(
     agrees(make(stored).scan(probes, floors), stored, probes, floors)
 
 
-def test_the_filter_serves_usual_floors_with_a_certificate_and_flat_scans_have_none() -> None:
+def test_usual_floors_are_served_with_a_certificate_and_float32_scans_have_none() -> None:
     stored = gallery(11, 20_000, 512)
     probes = probes_of(11, stored, 50, 1.5)
     scanner = build_fastscan(stored)
     for floor in (0.5, 0.4, 0.3):
         assert scanner.scan(probes, np.full(50, floor, np.float32)).certified.all()
-    assert not scanner.scan(probes, np.full(50, -0.1, np.float32)).certified.any()
-    assert not FlatScanner(stored).scan(probes, np.full(50, 0.5, np.float32)).certified.any()
+    assert scanner.scan(probes, np.full(50, -0.1, np.float32)).certified.all()
+    # Many probes by the integers' bound, few by a product of each row.
+    assert FlatScanner(stored).scan(probes, np.full(50, 0.5, np.float32)).certified.all()
+    for flat in (scanner, FlatScanner(stored)):
+        assert not flat.scan(probes[:3], np.full(3, 0.05, np.float32)).certified.any()
+    assert not FlatScanner(stored).scan(probes, np.full(50, -np.inf, np.float32)).certified.any()
 
 
 def test_a_probe_that_takes_too_many_rows_is_scanned_in_full() -> None:

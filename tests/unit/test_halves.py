@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from matcher_service.halves import narrowed, widen, widened
+from matcher_service.halves import largest_magnitude, narrowed, widen, widened
 
 EVERY = np.arange(65536, dtype=np.uint16).view(np.float16)
 
@@ -29,6 +29,17 @@ def test_every_finite_float16_is_widened_to_itself() -> None:
 
 def test_infinity_and_nan_stay_what_they_are() -> None:
     assert same(widened(EVERY), EVERY.astype(np.float32))
+
+
+def test_the_largest_magnitude_is_found_among_either_sign() -> None:
+    finite = EVERY[np.isfinite(EVERY)]
+    for some in (finite, finite[finite > 0], finite[finite < 0], finite[np.abs(finite) < 1e-4], -finite[:300]):
+        assert largest_magnitude(some) == float(np.abs(some).max())
+    draw = np.random.default_rng(4)
+    for _ in range(200):
+        some = draw.choice(finite, draw.integers(1, 6))
+        assert largest_magnitude(some) == float(np.abs(some).max())
+    assert largest_magnitude(np.zeros((2, 0), np.float16)) == largest_magnitude(np.float16([[-0.0]])) == 0.0
 
 
 def test_every_border_between_two_float16_is_rounded_as_the_standard_has_it() -> None:

@@ -7,6 +7,7 @@ import random
 import shutil
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -218,14 +219,16 @@ def test_a_rotation_goes_through_the_files_one_by_one_and_each_directory_between
         assert snapshot is not None
         snapshots.write(snapshot)
     assert len(engine.view.galleries["g"].parts) == 2
-    before, generation = engine.status(), 2
+    generation = 2
+    # What the open rows kept is less than what a file's rows keep.
+    before = replace(engine.status(), bytes_in_memory=0)
     rounds = 0
     while snapshots.outdated:
         snapshot = engine.snapshot()
         assert snapshot is not None
         snapshots.write(snapshot)
         again, files = opened(tmp_path, key)
-        assert again.status() == before
+        assert replace(again.status(), bytes_in_memory=0) == before
         assert files.generations == snapshots.generations
         rounds += 1
     assert rounds == 2

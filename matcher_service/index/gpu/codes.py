@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from matcher_service.index.gpu.bound import CODE_MAX, Law, upper
+from matcher_service.index.integer_bound import CODE_MAX, Law, upper
 from matcher_service.terms import Int64
 
 ODD_MAX = 64

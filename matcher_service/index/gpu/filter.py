@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from matcher_service.index.gpu import kernel
-from matcher_service.index.gpu.bound import CUT_OFF_MAX
 from matcher_service.index.gpu.slabs import Extent, SlabPool
+from matcher_service.index.integer_bound import CUT_OFF_MAX
 from matcher_service.terms import Int64
 
 # Survivors read together with their number: most searches have no more, and wait for the device once.

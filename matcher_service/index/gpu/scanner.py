@@ -14,11 +14,10 @@ import torch
 from numpy.typing import NDArray
 
 from matcher_service.errors import ServiceFault
-from matcher_service.halves import widen
-from matcher_service.index.flat import NOTHING, FlatScanner, Found, gather
-from matcher_service.index.gpu.bound import CODE_MAX, code_probes, cut_offs
+from matcher_service.index.flat import NOTHING, FlatScanner, Found, gather, kept_of
 from matcher_service.index.gpu.filter import Filter, Pairs
 from matcher_service.index.gpu.slabs import Extent, Placed
+from matcher_service.index.integer_bound import CODE_MAX, code_probes, cut_offs
 from matcher_service.index.scanner import Guess, Hits, Scanner, unsure
 from matcher_service.index.score import norms, pair_scores
 from matcher_service.terms import Float32, Int64
@@ -54,7 +53,7 @@ class Place:
         self.odd: FlatScanner | None = None
         if extent.odd.size:
             rows = stored[extent.odd]
-            self.odd = FlatScanner(rows, wide=widen(rows, np.empty(rows.shape, np.float32)))
+            self.odd = FlatScanner(rows, kept=kept_of(rows))
         # |x| is at most |s c| + |e|, and of the odd rows what it is; the factor covers the addition.
         odd_max = float(norms(stored[extent.odd]).max(initial=0.0))
         self.norm_max = max(odd_max, (extent.law.reach + extent.law.error) * (1 + 2.0**-50))

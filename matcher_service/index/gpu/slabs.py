@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from matcher_service.errors import MemoryRefused
 from matcher_service.index.gpu import kernel
-from matcher_service.index.gpu.bound import NO_ROWS, Law
 from matcher_service.index.gpu.codes import ODD_MAX, encode
 from matcher_service.index.gpu.devices import Device
+from matcher_service.index.integer_bound import NO_ROWS, Law
 from matcher_service.terms import Int64
 
 SLAB_BYTES = 4 << 20  # 8,192 rows of 512 codes

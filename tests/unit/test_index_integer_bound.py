@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from matcher_service.index.gpu.bound import CODE_MAX, CUT_OFF_MAX, CodedProbes, Law, code_probes, cut_offs
+from matcher_service.index.integer_bound import CODE_MAX, CUT_OFF_MAX, CodedProbes, Law, code_probes, cut_offs
 from matcher_service.index.score import exact_scores
 
 
