@@ -66,7 +66,7 @@ class Best:
         which, rows, sums = _joined(self._left, np.int32)
         near = sums >= self._cut_offs[which]
         which, rows = which[near], rows[near]
-        self._add(which, rows, products(rows, which))
+        self._keep(which, rows, products(rows, which))
         which, rows, scores = _joined(self._taken, np.float32)
         kept = scores >= self._floors[which]
         return Picked(which[kept], rows[kept], self._floors)
@@ -103,19 +103,21 @@ class Best:
         return np.asarray(np.partition(largest.T, groups - self._count, axis=1)[:, groups - self._count])
 
     def _multiply(self, which: Int64, rows: Int64) -> None:
-        if which.size:
-            self._add(which, rows, self._products(rows, which))
-
-    def _add(self, which: Int64, rows: Int64, products: Float32) -> None:
+        if not which.size:
+            return
+        products = self._products(rows, which)
         with self._lock:
-            reached = products >= self._floors[which]
-            if reached.any():
-                which, rows, products = which[reached], rows[reached], products[reached]
-                self._taken.append((which, rows, products))
-                self._raise(which, products)
+            self._keep(which, rows, products)
+            self._cut_offs = np.where(self.served, self._sums.cuts.of(self._floors), CUT_OFF_MAX)
+            self._likely = np.where(self.served, self._sums.cuts.near(self._floors), CUT_OFF_MAX)
 
-    def _raise(self, which: Int64, products: Float32) -> None:
-        """Raise the floors by products of different rows, float32 [k], of the probes `which`, int64 [k]."""
+    def _keep(self, which: Int64, rows: Int64, products: Float32) -> None:
+        """Keep those of different pairs whose products, float32 [k], reach the floors, and raise these."""
+        reached = products >= self._floors[which]
+        if not reached.any():
+            return
+        which, rows, products = which[reached], rows[reached], products[reached]
+        self._taken.append((which, rows, products))
         by_probe = which.argsort(kind="stable")
         counts = np.bincount(which, minlength=len(self._floors))
         some = counts.nonzero()[0]
@@ -127,8 +129,6 @@ class Best:
         both.partition(both.shape[1] - self._count, axis=1)
         self._top[some] = both[:, -self._count :]
         self._floors[some] = both[:, -self._count]
-        self._cut_offs = np.where(self.served, self._sums.cuts.of(self._floors), CUT_OFF_MAX)
-        self._likely = np.where(self.served, self._sums.cuts.near(self._floors), CUT_OFF_MAX)
 
 
 def _joined(
