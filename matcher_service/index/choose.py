@@ -26,6 +26,7 @@ ROWS_MIN = 2000
 _SAMPLE_PROBES = (64, 256)  # at least and at most; one row in 512 between them
 _DUPLICATE = 0.9
 _SAMPLE_ROWS = 8192
+_CENTRES: Float64 = np.asarray((np.arange(BINS) + 0.5) * (2 / BINS) - 1, np.float64)
 FLOORS: Float32 = np.linspace(0, 1, 101, dtype=np.float32)  # for which the shares are predicted
 _LOOKED_AT_MAX = 1024  # stored rows that a probe is compared with before a scan
 _LOOK_PAIRS_MIN = 50_000  # rows times probes from which on the look pays
@@ -33,10 +34,13 @@ _LOOK_PAIRS_MIN = 50_000  # rows times probes from which on the look pays
 _PASS_NS = 0.34  # of a pass, per row, beside its tables
 _TABLE_NS = 0.0147  # per row and table
 _TAKEN_NS = 0.8  # per row taken and dimension: mostly the time in which memory answers, with two that ask it
+FEW_PROBES = 4  # of a full scan: up to here a product of each row costs less than to code the rows
 _START_NS = 120_000  # that a filter takes to begin, however few its rows
 _FEW_NS = 0.11  # of a full scan of few probes, per row, dimension and probe
 _CODE_NS = 0.31  # of a full scan of many, per row and dimension, whatever the number of probes
 _SUM_NS = 0.0047  # and per row, dimension and probe
+_STRAY_NS = 0.7  # per row and dimension that reached a probe's cut-off in it and not the floor
+_STRAY_WIDTH = 0.02  # within which rows count as near to a cut-off: a sample is no more than that
 _GUESS_NS = 600_000  # of a guess by codes, per probe, beside half a pass: after it comes a scan, after a full one none
 
 
@@ -90,18 +94,24 @@ def looked_at(stored: NDArray[np.float16]) -> Float32:
     return widened(stored[np.linspace(0, max(0, rows - 1), count).astype(np.int64)])
 
 
+def stray_shares(margin: float) -> Float32:
+    """The chance that a row's sum reaches a cut-off and its score not the floor, float32 [len(FLOORS), BINS]."""
+    below = (_CENTRES - FLOORS[:, None]) / _STRAY_WIDTH
+    return np.asarray(ndtr(below + margin / _STRAY_WIDTH) - ndtr(below), np.float32)
+
+
 def taken_shares(rate: Rate, dimension: int) -> Float32:
     """The chance that a row is taken, float32 [len(FLOORS), BINS], for the cosines in the middle of the bins."""
-    centres = (np.arange(BINS) + 0.5) * (2 / BINS) - 1
-    spread = np.maximum(rate.across * np.sqrt(1 - centres**2) / np.sqrt(dimension - 1), 1e-9)
-    taken = ndtr((centres * rate.along - rate.cut_offs[:, :, None]) / spread)
+    spread = np.maximum(rate.across * np.sqrt(1 - _CENTRES**2) / np.sqrt(dimension - 1), 1e-9)
+    taken = ndtr((_CENTRES * rate.along - rate.cut_offs[:, :, None]) / spread)
     return np.asarray(taken.sum(axis=0) / max(1, len(rate.cut_offs)), np.float32)
 
 
 class Costs:
     """What each way of answering costs a segment of `rows` rows, per row.
 
-    `rates` by block; `sample`: what `looked_at` gave.
+    `rates` by block; `sample`: what `looked_at` gave. `margin`: by how much a full scan's sums let rows below a floor
+    reach it.
     """
 
     def __init__(
@@ -111,6 +121,7 @@ class Costs:
         cosines: Float64,
         rates: Mapping[int, Rate],
         sample: Float32,
+        margin: float,
     ) -> None:
         self._rows = rows
         self._dimension = dimension
@@ -119,16 +130,13 @@ class Costs:
         self._blocks = np.array([*rates, 0], np.int64)
         self._taken_ns = dimension * _TAKEN_NS
         self._pass = np.array([_PASS_NS + _TABLE_NS * rate.tables for rate in rates.values()])
-        self._shares = [taken_shares(rate, dimension) for rate in rates.values()]
-        self._usual = np.array([shares @ cosines for shares in self._shares]).reshape(len(rates), FLOORS.size)
-
-    def whole(self, probes: Int64) -> Float64:
-        """Of a full scan for so many probes, in all."""
-        return np.asarray(self._dimension * np.minimum(_FEW_NS * probes, _CODE_NS + _SUM_NS * probes))
+        self._shares = [*(taken_shares(rate, dimension) for rate in rates.values()), stray_shares(margin)]
+        self._usual = np.array([shares @ cosines for shares in self._shares])
 
     def guess_is_dear(self, probes: int) -> bool:
         """Whether to begin guesses by codes takes so many probes longer than a full scan, whatever comes after."""
-        return bool(_GUESS_NS * probes >= self._rows * self.whole(np.array(probes)))
+        whole = self._dimension * min(_FEW_NS * probes, _CODE_NS + _SUM_NS * probes)
+        return _GUESS_NS * probes >= self._rows * whole
 
     def plan(
         self,
@@ -153,23 +161,31 @@ class Costs:
         steps = np.minimum(floors * (FLOORS.size - 1), FLOORS.size - 1).astype(np.int64)
         looks = batch * self._rows >= _LOOK_PAIRS_MIN
         share = self._seen(probes, probe_norms, steps) if looks else self._usual[:, steps]
-        coded = self._pass[:, None] + self._taken_ns * share
+        coded = self._pass[:, None] + self._taken_ns * share[:-1]
         if guessed:
             coded += self._pass[-1] / 2 + _GUESS_NS / max(1, self._rows)
         cheapest = coded.argmin(axis=0)
         best = coded[cheapest, np.arange(batch)] + _START_NS / max(1, self._rows * batch)
-        whole = self.whole(np.arange(1, batch + 1))
-        by_codes = best * batch < whole[-1]
-        if not by_codes.all():
-            # A full scan codes rows once for however many: the dearest share it, if that pays for all.
-            dearest = (-best).argsort()
-            saved = best[dearest].cumsum() - whole
-            by_codes[:] = True
-            by_codes[dearest[: int(saved.argmax()) + 1 if saved.max() > 0 else 0]] = False
-        return np.where(by_codes, self._blocks[cheapest], 0)
+        return np.where(self._in_full(best, share[-1]), 0, self._blocks[cheapest])
+
+    def _in_full(self, coded: Float64, strays: Float64) -> NDArray[np.bool_]:
+        """Which probes share a full scan so that all together cost least, bool [n], if by codes they cost so much.
+
+        Many share the coding of the rows, and each adds its sums and what strays above its cut-off; few cost the same
+        each.
+        """
+        many = coded - self._dimension * (_SUM_NS + _STRAY_NS * strays)
+        few = coded - self._dimension * _FEW_NS
+        by_sums = (-many).argsort()[: max(FEW_PROBES + 1, np.count_nonzero(many > 0))]
+        by_products = (-few).argsort()[: min(FEW_PROBES, np.count_nonzero(few > 0))]
+        saved = many[by_sums].sum() - self._dimension * _CODE_NS if by_sums.size > FEW_PROBES else 0.0
+        in_full = np.zeros(len(coded), np.bool_)
+        in_full[by_sums if saved > few[by_products].sum() else by_products] = True
+        return in_full
 
     def _seen(self, probes: Float32, probe_norms: Float64, steps: Int64) -> Float64:
-        """The share of the rows that each rate will take for each probe, by its cosines with some of them."""
+        """The share of the rows that each rate will take for each probe, and a full scan in vain, by its cosines with
+        some of them."""
         cosines = (probes @ self._sample.T) / probe_norms.astype(np.float32)[:, None]
         bins = np.clip((cosines + 1) * (BINS / 2), 0, BINS - 1).astype(np.int64)
         bins += steps[:, None] * BINS

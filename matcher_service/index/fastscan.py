@@ -19,12 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from matcher_service.errors import DataDamaged
-from matcher_service.halves import widen, widened
+from matcher_service.halves import largest_magnitude, widen, widened
 from matcher_service.index import certificate, choose
 from matcher_service.index import crew as crews
 from matcher_service.index.codes import Codes, CodesBuilder, blocks_for, packed_size
 from matcher_service.index.crew import Crew
-from matcher_service.index.flat import FlatScanner, Found, Kept, gather, kept_of
+from matcher_service.index.flat import FlatScanner, Found, Kept, crew_scores, gather, kept_of
+from matcher_service.index.integer_bound import Law, law_measured, law_within, longest_error, scale_of, strays
 from matcher_service.index.products import Products
 from matcher_service.index.refined import Refined
 from matcher_service.index.rotation import Rotation, draw_rotation
@@ -78,7 +79,12 @@ class FastScanScanner:
         products = Products(stored)
         self._refined = {block: Refined(codes, products) for block, codes in self._codes.items()}
         self._crew = crew
-        self._whole = FlatScanner(stored, crew, self._norm_max, kept)
+        if "law" in state:
+            self._state["law"] = state["law"]
+            law = Law(*state["law"].tolist())
+        else:  # of a file of an earlier release
+            law = law_within(largest_magnitude(stored), self._norm_max, self._dimension)
+        self._whole = FlatScanner(stored, crew, self._norm_max, kept, law)
         self._listed: Float32 = widened(stored[self._always])
         sample = choose.looked_at(stored)
         self._costs = choose.Costs(
@@ -87,6 +93,7 @@ class FastScanScanner:
             np.asarray(state["cosines"], np.float64),
             {block: self._rate(codes, sample) for block, codes in self._codes.items()},
             sample,
+            strays(law, sample),
         )
 
     def state(self) -> dict[str, NDArray[Any]]:
@@ -212,7 +219,7 @@ class FastScanScanner:
             found.append((which, self._always[row]))
         which = np.concatenate([one[0] for one in found]) if found else numbers[:0]
         rows = np.concatenate([one[1] for one in found]) if found else numbers[:0]
-        scores = pair_scores(self._stored, rows, probes, which)
+        scores = crew_scores(self._stored, rows, probes, which, self._crew)
         which = numbers[which]
         reached = scores >= floors[which]
         return Found(which[reached], rows[reached], scores[reached]), served
@@ -325,8 +332,13 @@ def check(stored: NDArray[np.float16], state: Mapping[str, NDArray[Any]]) -> Non
     _expect(set(blocks) <= set(blocks_for(dimension)) and len(set(blocks)) == len(blocks), f"codes at rates {blocks}")
     names = ("order", "packed", "bounds", "supports", "typical")
     every = {"format", "blocks", "rotation", "always", "norms", "cosines"}
-    _expect(state.keys() == every | {f"{block}/{name}" for block in blocks for name in names}, "arrays by other names")
+    _expect(
+        state.keys() - {"law"} == every | {f"{block}/{name}" for block in blocks for name in names},
+        "arrays by other names",
+    )
     _expect(state["rotation"].shape == (dimension, dimension), "the rotation is not that of these rows")
+    law = state.get("law", np.ones(3))
+    _expect(law.shape == (3,) and bool((law > 0).all() and np.isfinite(law).all()), "codes of integers without a law")
     _expect(state["norms"].shape == (2,) and state["cosines"].shape == (choose.BINS,), "other norms or cosines")
     for block in blocks:
         order, packed, bounds, supports, typical = (state[f"{block}/{name}"] for name in names)
@@ -371,12 +383,14 @@ def build_fastscan(
         raise ValueError(f"no codes of {sorted(unknown)} coordinates in {dimension} dimensions")
     rotation = draw_rotation(dimension, entropy)
     row_norms: Float64 = np.empty(rows)
+    scale, longest = scale_of(largest_magnitude(stored)), 0.0
     builders = {block: CodesBuilder(dimension, block) for block in chosen}
     for start in range(0, rows, _ENCODE_ROWS):
         here = slice(start, start + _ENCODE_ROWS)
         halves = stored[here]
         wide_rows = widen(halves, np.empty(halves.shape, np.float32))
         row_norms[here] = norms(wide_rows)
+        longest = max(longest, longest_error(wide_rows, scale))
         rotated = wide_rows @ rotation.T
         for builder in builders.values():
             builder.add(rotated, np.maximum(row_norms[here], 1e-6))
@@ -393,6 +407,7 @@ def build_fastscan(
         "always": always,
         "norms": np.array([row_norms.max(initial=0.0), coded.max(initial=0.0)]),
         "cosines": choose.sample_cosines(stored),
+        "law": np.array(law_measured(scale, longest, float(row_norms.max(initial=0.0)), dimension)),
     }
     for block, builder in builders.items():
         state |= {f"{block}/{name}": value for name, value in builder.finish(always).items()}

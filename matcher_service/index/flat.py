@@ -16,18 +16,18 @@ from numpy.typing import NDArray
 
 from matcher_service.halves import largest_magnitude, widen
 from matcher_service.index import crew as crews
-from matcher_service.index.best import Best, Picked, beyond, picked_of
+from matcher_service.index.best import Best, PairProducts, Picked, beyond, picked_of
+from matcher_service.index.choose import FEW_PROBES
 from matcher_service.index.crew import Crew, Result
 from matcher_service.index.grouped import not_below
 from matcher_service.index.integer_bound import CUT_OFF_MIN, Law, code_rows, law_within
 from matcher_service.index.integer_products import BLOCK_ROWS, Int32, Sums, UInt8
-from matcher_service.index.products import Products, pair_products
+from matcher_service.index.products import Products, pair_products, stored_pair_products
 from matcher_service.index.scanner import Guess, Hits, Tally
 from matcher_service.index.score import float32_margin, norms, pair_scores
 from matcher_service.terms import Float32, Float64, Int64
 
 _PROBES_MAX = 1024
-_FEW_PROBES = 4  # up to here one product after another costs less than to code the rows
 _FEW_ROWS_MIN = 4096  # fewer, held as float32, BLAS multiplies faster
 _FEW_HITS = 128  # rows that a probe may reach in a run of rows before all of these are gone through once more
 _RUN_ROWS_MAX = 16_384
@@ -75,9 +75,23 @@ def kept_of(stored: NDArray[np.float16]) -> Kept:
     return Kept(widen(stored, np.empty(stored.shape, np.float32)), *code_rows(stored))
 
 
+def in_halves(of_pairs: PairProducts, rows: Int64, which: Int64, crew: Crew | None) -> Float32:
+    """What `of_pairs` gives of pairs of a row and a probe, by two threads where that helps."""
+    if crew is None or rows.size <= _ALONE_SCORES:
+        return of_pairs(rows, which)
+    halves = [slice(0, rows.size // 2), slice(rows.size // 2, rows.size)]
+    return np.concatenate(crew.run([partial(of_pairs, rows[half], which[half]) for half in halves]))
+
+
+def crew_scores(stored: NDArray[np.float16], rows: Int64, probes: Float32, which: Int64, crew: Crew | None) -> Float32:
+    """`score.pair_scores` by two threads where that helps."""
+    return in_halves(lambda rows, which: pair_scores(stored, rows, probes, which), rows, which, crew)
+
+
 class FlatScanner:
     """Scans every stored row for every probe. `stored` float16 [n, d], C order, finite, is kept, not copied;
-    `crew` shares the rows among its threads where that helps; `norm_max` bounds their norms (None: it is computed)."""
+    `crew` shares the rows among its threads where that helps; `norm_max` bounds their norms and `law` is that of their
+    codes (None: computed)."""
 
     def __init__(
         self,
@@ -85,10 +99,12 @@ class FlatScanner:
         crew: Crew | None = None,
         norm_max: float | None = None,
         kept: Kept | None = None,
+        law: Law | None = None,
     ) -> None:
         self.rows = int(stored.shape[0])
         self._stored = stored
         self._kept = kept
+        self._given_law = law if kept is None else kept.law
         self._wide = None if kept is None else kept.wide
         self._norm_max = float(norms(stored).max(initial=0.0)) if norm_max is None else norm_max
         self._crew = crew
@@ -112,7 +128,7 @@ class FlatScanner:
             nothing = -np.inf if self.rows == 0 else np.inf
             return Guess(gather([], certified), np.full(len(probes), nothing, np.float32))
         served = ~certified
-        if len(probes) > _FEW_PROBES or (wanted > _FEW_HITS and self._small is None):
+        if len(probes) > FEW_PROBES or (wanted > _FEW_HITS and self._small is None):
             picked, served = self._best_by_sums(probes, wanted)
             certified = served
         elif self._small is not None:
@@ -143,8 +159,8 @@ class FlatScanner:
 
     @cached_property
     def _law(self) -> Law:
-        if self._kept is not None:
-            return self._kept.law
+        if self._given_law is not None:
+            return self._given_law
         return law_within(largest_magnitude(self._stored), self._norm_max, self._stored.shape[1])
 
     def _run_of(self, start: int) -> slice:
@@ -156,7 +172,7 @@ class FlatScanner:
         probe_norms = norms(probes)
         least = (floors - float32_margin(self._stored.shape[1], self._norm_max, probe_norms)).astype(np.float32)
         certified = np.zeros(len(probes), np.bool_)
-        if len(probes) <= _FEW_PROBES and self._small is not None:
+        if len(probes) <= FEW_PROBES and self._small is not None:
             row, few = np.nonzero(~(self._small @ probes.T < least))
             near = [(few, row)]
         else:
@@ -173,7 +189,7 @@ class FlatScanner:
         """Of each run the pairs that could reach the floor, and which probes the integers' bound served, bool [n]."""
         tally = Tally(len(probes))
         # No product of such a probe overflows, and hardly any row reaches its floor.
-        if len(probes) <= _FEW_PROBES and bool(((least > 0) & (probe_norms < 1e6)).all()):
+        if len(probes) <= FEW_PROBES and bool(((least > 0) & (probe_norms < 1e6)).all()):
             tasks = [partial(self._few, start, probes, floors, least, tally) for start in self._starts]
             return self._run(tasks, len(probes)), np.zeros(len(probes), np.bool_)
         sums = self._sums(probes)
@@ -205,10 +221,9 @@ class FlatScanner:
         for first, some in sums.blocks(self._run_of(start)):
             which, rows = not_below(some, cut_offs)
             rows += first
-            if self._wide is not None:
-                # `Not below`, since a product that overflowed to NaN is to be re-scored.
-                kept = ~(pair_products(self._wide, rows, probes, which) < least[which])
-                which, rows = which[kept], rows[kept]
+            # `Not below`, since a product that overflowed to NaN is to be re-scored.
+            kept = ~(self._pair_products(probes, rows, which) < least[which])
+            which, rows = which[kept], rows[kept]
             tally.add(rows.size)
             which_of.append(which)
             rows_of.append(rows)
@@ -220,9 +235,10 @@ class FlatScanner:
     def _best_by_sums(self, probes: Float32, count: int) -> tuple[Picked, NDArray[np.bool_]]:
         """The best by product, and which probes have codes, bool [n]: of the others there are none."""
         if self._kept is None or self._kept.codes is None:
-            best = Best(self._sums(probes), count, partial(self._pair_products, probes))
+            products = partial(self._pair_products, probes)
+            best = Best(self._sums(probes), count, products)
             self._run([partial(best.take, self._run_of(start)) for start in self._starts], len(probes))
-            return best.picked(lambda rows, which: self._scores(rows, probes, which)), best.served
+            return best.picked(lambda rows, which: in_halves(products, rows, which, self._crew)), best.served
         # Threads that share few rows wait for each other's floors, and each begins without one: they share the probes.
         middle = len(probes) // 2 if len(probes) >= _APART_PROBES_MIN else 0
         some = [slice(0, middle), slice(middle, len(probes))] if middle else [slice(0, len(probes))]
@@ -244,13 +260,11 @@ class FlatScanner:
 
     def _pair_products(self, probes: Float32, rows: Int64, which: Int64) -> Float32:
         if self._wide is None:
-            return pair_scores(self._stored, rows, probes, which)
+            return stored_pair_products(self._stored, rows, probes, which)
         return pair_products(self._wide, rows, probes, which)
 
     def _scores(self, rows: Int64, probes: Float32, which: Int64) -> Float32:
-        halves = [slice(0, rows.size // 2), slice(rows.size // 2, rows.size)]
-        tasks = [partial(pair_scores, self._stored, rows[half], probes, which[half]) for half in halves]
-        return np.concatenate(crews.run(tasks, self._crew if rows.size > _ALONE_SCORES else None))
+        return crew_scores(self._stored, rows, probes, which, self._crew)
 
     def _run(self, tasks: Sequence[Callable[[], Result]], probes: int) -> list[Result]:
         return crews.run(tasks, self._crew if probes * self.rows > _ALONE_PAIRS else None)

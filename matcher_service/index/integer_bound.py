@@ -75,6 +75,25 @@ def law_within(largest: float, norm_max: float, dimension: int) -> Law:
     return Law(scale, error, (norm_max + error) * _UP)
 
 
+def longest_error(rows: Float32, scale: float) -> float:
+    """The largest length of what coding loses of `rows`, [m, d], as float32 arithmetic finds it."""
+    near = rows / np.float32(scale)
+    np.rint(near, out=near)
+    near *= np.float32(scale)
+    np.subtract(rows, near, out=near)
+    return float(np.sqrt(np.einsum("ij,ij->i", near, near).max(initial=0.0)))
+
+
+def law_measured(scale: float, longest: float, norm_max: float, dimension: int) -> Law:
+    """The law of rows whose `longest_error` on the `scale` of their largest magnitude is known.
+
+    In float32 each of d differences is off by less than 2^-16 of the scale, or by 2^-11 where a value so near to the
+    middle of two codes is given the other one; and the sum of d squares by (d + 2) 2^-24 of itself.
+    """
+    error = (longest * (1 + (dimension + 2) * 2.0**-24) + scale * 2.0**-10 * dimension**0.5) * _UP
+    return Law(scale, error, (norm_max + error) * _UP)
+
+
 class CodedProbes(NamedTuple):
     """n probes as int8: `codes` int8 [n, d], `scales` float64 [n] (float32 numbers; 0: the probe has no codes),
     and upper bounds of their lengths and of their coding errors, float64 [n]."""
@@ -129,6 +148,15 @@ def code_probes(probes: Float32, most: int = CODE_MAX) -> CodedProbes:
         wide -= near.astype(np.float64) * scale
         errors[here] = _lengths(wide)
     return CodedProbes(codes, np.where(coded, scales, 0.0).astype(np.float64), upper(lengths), upper(errors))
+
+
+def strays(law: Law, probes: Float32) -> float:
+    """By how much the sums of `law` let rows below a floor reach it, for probes like these, float32 [n, d], of length
+    1; on average."""
+    coded = code_probes(probes[:_AT_ONCE])
+    return (
+        float(law.error + law.reach * (coded.errors / np.maximum(coded.lengths, _TINY)).mean()) if len(probes) else 0.0
+    )
 
 
 def cut_offs(probes: CodedProbes, floors: Float32, laws: list[Law]) -> NDArray[np.int32]:

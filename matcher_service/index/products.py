@@ -12,7 +12,10 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from matcher_service.halves import widen
 from matcher_service.terms import Float32, Int64
+
+_ROWS_AT_ONCE = 512  # as float32 1 MiB at 512 dimensions
 
 
 class Products:
@@ -37,6 +40,24 @@ class Products:
         there is none. In this thread alone if it has called `one_thread`."""
         products, rows = self.index.search(probes, count)
         return products, rows
+
+
+def stored_pair_products(stored: NDArray[np.float16], rows: Int64, probes: Float32, which: Int64) -> Float32:
+    """Products float32 [m] of pairs: row `rows[i]` of `stored`, float16 [n, d] in C order and finite, and probe
+    `which[i]`, int64 [m] each. Each row is turned into float32 once, for all its pairs."""
+    products = np.empty(rows.size, np.float32)
+    by_row = rows.argsort()
+    rows, which = rows[by_row], which[by_row]
+    first = np.flatnonzero(np.diff(rows, prepend=-1))
+    place = np.repeat(np.arange(first.size), np.diff(first, append=rows.size))
+    wide = np.empty((min(_ROWS_AT_ONCE, first.size), stored.shape[1]), np.float32)
+    for start in range(0, first.size, _ROWS_AT_ONCE):
+        some = first[start : start + _ROWS_AT_ONCE]
+        stop = first[start + _ROWS_AT_ONCE] if start + _ROWS_AT_ONCE < first.size else rows.size
+        pairs = slice(some[0], stop)
+        here = widen(np.take(stored, rows[some], axis=0), wide[: some.size])
+        products[by_row[pairs]] = pair_products(here, place[pairs] - start, probes, which[pairs])
+    return products
 
 
 def pair_products(wide: Float32, rows: Int64, probes: Float32, which: Int64) -> Float32:

@@ -46,7 +46,7 @@ def pair_scores(stored: NDArray[np.float16], rows: Int64, probes: Float32, which
         here = slice(start, start + step)
         halves = np.take(stored, rows[here], axis=0)
         products = widen(halves, np.empty(halves.shape, np.float32)).astype(np.float64)
-        products *= probes[which[here]]
+        products *= np.take(probes, which[here], axis=0)
         scores[here] = np.add.reduce(products, axis=-1)
     return scores
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -29,7 +31,7 @@ def isotropic(rows: int = 3000, dimension: int = 512) -> np.ndarray:
 
 def costs_of(rows: int, rates: dict[int, choose.Rate]) -> choose.Costs:
     stored = isotropic()
-    return choose.Costs(rows, 512, choose.sample_cosines(stored), rates, choose.looked_at(stored))
+    return choose.Costs(rows, 512, choose.sample_cosines(stored), rates, choose.looked_at(stored), 0.02)
 
 
 def planned(costs: choose.Costs, floors: list[float], probes: np.ndarray | None = None) -> list[int]:
@@ -64,29 +66,26 @@ def test_a_probe_amid_a_crowd_is_told_by_the_rows_it_is_compared_with() -> None:
     """Half of the rows are one face, which the pairs of stored rows do not show: near duplicates do not count."""
     stored = isotropic()
     stored[::2] = stored[0]
-    costs = choose.Costs(1_000_000, 512, choose.sample_cosines(stored), RATES, choose.looked_at(stored))
+    costs = choose.Costs(1_000_000, 512, choose.sample_cosines(stored), RATES, choose.looked_at(stored), 0.02)
     probes = np.concatenate([stored[:1].astype(np.float32), isotropic(4000)[3000:3063].astype(np.float32)])
     plans = planned(costs, [0.5] * 64, probes)
     assert plans[0] == 0
     assert set(plans[1:]) == {5}
 
 
-@given(st.lists(st.floats(0.5, 300.0), min_size=1, max_size=40))
-def test_no_other_choice_of_those_that_share_a_full_scan_costs_less(codes_ns: list[float]) -> None:
-    costs = choose.Costs(10**9, 512, np.zeros(choose.BINS), RATES, np.zeros((1, 512), np.float32))
-    asked = np.array(codes_ns)
-    costs._pass = np.zeros(1)
-    costs._seen = lambda *_: asked[None] / costs._taken_ns  # type: ignore[method-assign]
-    count = len(asked)
-    by_codes = (
-        costs.plan(np.ones((count, 512), np.float32), np.ones(count), np.ones(count, np.float32), np.ones(count, bool))
-        > 0
-    )
-    shared = int(count - by_codes.sum())
-    cost = asked[by_codes].sum() + (costs.whole(np.array([shared]))[0] if shared else 0.0)
-    rest = np.sort(asked)
-    best = min(rest[: count - n].sum() + (costs.whole(np.array([n]))[0] if n else 0.0) for n in range(count + 1))
-    assert cost <= best * (1 + 1e-6)
+@given(st.lists(st.tuples(st.floats(0.5, 300.0), st.sampled_from([0.0, 0.001, 0.1])), min_size=1, max_size=12))
+def test_no_other_choice_of_those_that_share_a_full_scan_costs_less(costs_of_probes: list[tuple[float, float]]) -> None:
+    costs = costs_of(10**9, RATES)
+    codes_ns, strays = np.array(costs_of_probes).T
+    in_full = costs._in_full(codes_ns, strays)
+
+    def cost(whole: np.ndarray) -> float:
+        many = 512 * (choose._CODE_NS + (choose._SUM_NS + choose._STRAY_NS * strays[whole]).sum())
+        few = 512 * choose._FEW_NS * whole.sum()
+        return float(codes_ns[~whole].sum() + (many if whole.sum() > choose.FEW_PROBES else few))
+
+    every = itertools.product([False, True], repeat=len(codes_ns))
+    assert cost(in_full) <= min(cost(np.array(one)) for one in every) * (1 + 1e-9)
 
 
 def test_the_share_taken_falls_with_the_floor_and_with_the_rate_and_rises_with_the_cosine() -> None:

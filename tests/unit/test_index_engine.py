@@ -408,7 +408,7 @@ def test_a_reference_takes_at_most_1280_bytes() -> None:
     assert segment.rows == count
     assert segment.code_bytes()
     rotation = 4 * dimension * dimension
-    foreseen = 4 * choose.FLOORS.size * choose.BINS * len(choose.blocks(dimension))
+    foreseen = 4 * choose.FLOORS.size * choose.BINS * (len(choose.blocks(dimension)) + 1)
     assert (segment.bytes_in_memory() - rotation - foreseen) / count <= 1280
 
 

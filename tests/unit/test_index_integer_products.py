@@ -16,7 +16,9 @@ from matcher_service.index.integer_bound import (
     CUT_OFF_MIN,
     MIDDLE,
     code_rows,
+    law_measured,
     law_within,
+    longest_error,
     scale_of,
 )
 from matcher_service.index.integer_products import Sums, probe_code_max, sums_into, sums_of_codes_into
@@ -99,6 +101,11 @@ def test_law_2_a_row_at_or_above_the_floor_always_reaches_the_cut_off(
     assert assumed.scale == law.scale
     assert assumed.error >= law.error
     assert assumed.reach >= law.reach
+    known = law_measured(
+        law.scale, longest_error(stored.astype(np.float32), law.scale), float(norms(stored).max()), dimension
+    )
+    assert law.error <= known.error <= 1.01 * law.error + law.scale * 2.0**-9 * dimension**0.5
+    assert law.reach <= known.reach <= assumed.reach
     sums = Sums(stored, codes if held else None, law if held else assumed, probes)
     found = all_sums(sums, 80, 9)
     scores = np.array([exact_scores(stored, probe) for probe in probes]).T
