@@ -217,7 +217,7 @@ async def _serving(
 
     readiness = Readiness(lambda: replay.unready, clock)
     service = Service(
-        identify=identify,
+        admit=identify.admit,
         enrol=writing.enrol,
         withdraw=writing.withdraw,
         withdraw_subject=writing.withdraw_subject,

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import secrets
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import structlog
@@ -77,6 +80,33 @@ class Searching:
         return Found(result, rates, usable)
 
 
+class _Judgement(NamedTuple):
+    """What may be searched for, of which probes, and the lawful time by which that was judged."""
+
+    plan: policy.SearchPlan
+    judged: policy.JudgedRows
+    now_ms: int
+
+
+@dataclass(eq=False, slots=True)
+class AdmittedMessage:
+    """A message that was judged when the log was applied up to `judged_at`. `held`: its permit, and its trace."""
+
+    _identify: Identify
+    message: ProbeMessage
+    judgement: _Judgement
+    judged_at: int
+    permit: Permit
+    held: ExitStack
+
+    def answer(self) -> Awaitable[IdentifyReply]:
+        return self._identify.answer(self)
+
+    def release(self) -> None:
+        """Give back what it holds, if it was not answered."""
+        self.held.close()
+
+
 class Identify:
     def __init__(
         self,
@@ -113,19 +143,39 @@ class Identify:
         )
         self._recorded: OrderedDict[str, None] = OrderedDict()
 
-    async def __call__(self, message: ProbeMessage) -> IdentifyReply:
-        """Answer every probe of the message once; raises MatcherError if the message as a whole is refused."""
-        with self._traces.message("identify", message.traceparent, message.received_at, len(message.probe_ids)):
-            return await self._answered(message)
+    def admit(self, message: ProbeMessage) -> AdmittedMessage:
+        """Judge the message as a whole, without a wait, so that a refusal is immediate: policy, conduct, a permit.
 
-    async def _answered(self, message: ProbeMessage) -> IdentifyReply:
-        logs.deployment(message.deployment_id)
-        plan, judged, now_ms = self._judged(message)
-        if message.case_reference:
-            await self._conduct.admit_case(message, plan.kinds, plan.custody_first)
-        self._conduct.admit(message)
-        watched = self._live_scores.choose(message)
-        with self._admitted(message) as permit:
+        Raises MatcherError if it is refused. What is admitted is to be answered, or released, in the same context.
+        """
+        with ExitStack() as held:
+            held.enter_context(
+                self._traces.message("identify", message.traceparent, message.received_at, len(message.probe_ids))
+            )
+            logs.deployment(message.deployment_id)
+            judged_at = self._replay.applied
+            judgement = self._judged(message)
+            if not message.case_reference:
+                self._conduct.admit(message)
+            permit = held.enter_context(self._permit(message))
+            return AdmittedMessage(self, message, judgement, judged_at, permit, held.pop_all())
+
+    async def answer(self, admitted: AdmittedMessage) -> IdentifyReply:
+        """Answer every probe once; raises MatcherError if the message as a whole is refused after all."""
+        with admitted.held:
+            return await self._answered(admitted)
+
+    async def _answered(self, admitted: AdmittedMessage) -> IdentifyReply:
+        message = admitted.message
+        plan, judged, now_ms = admitted.judgement
+        with admitted.permit as permit:
+            if self._replay.applied != admitted.judged_at:
+                # What was changed while the message waited for its place holds for it.
+                plan, judged, now_ms = self._judged(message)
+            if message.case_reference:
+                await self._conduct.admit_case(message, plan.kinds, plan.custody_first)
+                self._conduct.admit(message)
+            watched = self._live_scores.choose(message)
             await self._replay.reached(message.min_sequence, message.deadline)
             if await self._replay.renewed(message.deadline):
                 plan, judged, now_ms = self._judged(message)
@@ -188,15 +238,14 @@ class Identify:
             message_id=message.message_id,
         )
 
-    def _judged(self, message: ProbeMessage) -> tuple[policy.SearchPlan, policy.JudgedRows, int]:
-        """What may be searched for, of which probes, and the lawful time by which that was judged."""
+    def _judged(self, message: ProbeMessage) -> _Judgement:
         now_ms = self._time.now_ms()
         with self._at_policy():
             plan = policy.plan(message, self._catalogue, now_ms)
             judged = policy.judge_probes(message, plan, now_ms)
-        return plan, judged, now_ms
+        return _Judgement(plan, judged, now_ms)
 
-    def _admitted(self, message: ProbeMessage) -> Permit:
+    def _permit(self, message: ProbeMessage) -> Permit:
         try:
             with self._at_admission():
                 return self._admission.admit(message.actor, len(message.probe_ids), message.deadline)

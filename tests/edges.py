@@ -84,6 +84,23 @@ class FlatLog:
 
 
 @dataclass
+class FlatAdmitted:
+    flat: FlatService
+    message: ProbeMessage
+    held: bool = True
+
+    async def answer(self) -> IdentifyReply:
+        try:
+            return await self.flat.identify(self.message)
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        self.flat.let_go += self.held
+        self.held = False
+
+
+@dataclass
 class FlatService:
     """Scans its references for every message. While `gate` is closed every answer is held back; a message_id
     in `gates` has one of its own."""
@@ -95,6 +112,9 @@ class FlatService:
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     gates: dict[str, asyncio.Event] = field(default_factory=dict)
     refusal: Exception | None = None
+    at_the_door: Exception | None = None
+    admitted: int = 0
+    let_go: int = 0
     ready: tuple[bool, str] = (True, "")
     writes: list[Write] = field(default_factory=list)
     waiting: int = 0
@@ -122,6 +142,12 @@ class FlatService:
             raise
         finally:
             self.waiting -= 1
+
+    def admit(self, message: ProbeMessage) -> FlatAdmitted:
+        if self.at_the_door is not None:
+            raise self.at_the_door
+        self.admitted += 1
+        return FlatAdmitted(self, message)
 
     async def identify(self, message: ProbeMessage) -> IdentifyReply:
         self.last_message = message
@@ -178,7 +204,7 @@ class FlatService:
 
     def service(self, settings: Settings, **other: Any) -> Service:
         parts: dict[str, Any] = {
-            "identify": self.identify,
+            "admit": self.admit,
             "enrol": self.enrol,
             "withdraw": self.withdraw,
             "withdraw_subject": self.withdraw_subject,

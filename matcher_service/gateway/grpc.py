@@ -3,8 +3,8 @@
 Handlers take raw bytes, so that a caller is authenticated before anything of his is parsed, and malformed bytes
 get an answer of ours. On a stream, messages are answered as soon as they are ready, in any order; reading stops
 while `limits.stream_messages_in_flight_max` of them are unanswered, or `limits.messages_in_flight_max` of all streams
-are worked on, which is the flow control. A refusal on a stream is an answer; status codes are for unary calls and for
-the end of a stream.
+are worked on, which is the flow control. A message of probes is judged as soon as it is read: a refusal waits for no
+place. A refusal on a stream is an answer; status codes are for unary calls and for the end of a stream.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import grpc
@@ -23,11 +25,14 @@ from matcher_service.access import bands, verbs
 from matcher_service.errors import MatcherError, Overloaded, ShuttingDown
 from matcher_service.gateway import decode, encode, refusals
 from matcher_service.gateway.grpc_call import CallContext, end_with, presented
-from matcher_service.gateway.service import Service
-from matcher_service.terms import Actor, IdentifyReply
+from matcher_service.gateway.service import Admitted, Service
+from matcher_service.terms import Actor, ProbeMessage
 from matcher_service.wire import matcher_pb2 as pb
 
 Reply = TypeVar("Reply", bound=Message)
+
+# The reply of one message of a stream and, for the metrics, how it went.
+Answer = tuple[Message, str]
 
 # How often an open stream's credential is looked at. Law 11 allows a second.
 OVERSEEN_EVERY_S = 0.25
@@ -50,6 +55,20 @@ class _OpenStream:
             self.intake.cancel()
         for answer in self.answers:
             answer.cancel()
+
+
+def _nothing() -> None: ...
+
+
+@dataclass(eq=False, slots=True)
+class _Begun:
+    """A message that was read and not refused. What it holds is given back when it is answered, or with `release`."""
+
+    answer: Callable[[], Awaitable[Answer]]
+    release: Callable[[], None] = _nothing
+
+    def let_go(self, _task: object = None) -> None:
+        self.release()
 
 
 class _Place:
@@ -105,7 +124,8 @@ class MatcherEdge:
     async def identify(self, data: bytes, context: CallContext) -> pb.IdentifyReply | None:
         async def work(actor: Actor) -> pb.IdentifyReply:
             request = decode.parse(pb.IdentifyRequest, data)
-            reply = await self._identified(request, actor, self._now(), context.time_remaining())
+            message = self._decoded(request, actor, self._now(), context.time_remaining())
+            reply = await self._service.identify(message)
             if refusal := refusals.of_all_probes(reply.decisions):
                 raise refusal
             self._service.credentials.require_standing(actor)
@@ -145,43 +165,53 @@ class MatcherEdge:
     # --- streams -------------------------------------------------------------------------------------
 
     async def identify_stream(self, _requests: object, context: CallContext) -> None:
-        await self._converse("identify_stream", self._identify_or_refuse, self._in_hand, context)
+        await self._converse("identify_stream", self._begin_identify, self._in_hand, context)
 
     async def enrol(self, _requests: object, context: CallContext) -> None:
-        await self._converse("enrol", self._enrol_or_refuse, self._enrolling, context)
+        await self._converse("enrol", self._begin_enrol, self._enrolling, context)
 
-    async def _identified(
+    def _decoded(
         self, request: pb.IdentifyRequest, actor: Actor, received: float, remaining_s: float | None
-    ) -> IdentifyReply:
+    ) -> ProbeMessage:
         began = self._now()
         message = decode.probe_message(request, self._limits, actor, received, remaining_s)
         self._decode_seconds.observe(self._now() - began)
-        return await self._service.identify(message)
+        return message
 
-    async def _identify_or_refuse(
-        self, data: bytes, actor: Actor, received: float, remaining_s: float | None
-    ) -> tuple[pb.IdentifyReply, str]:
-        """The reply of one message, read at `received`, and, for the metrics, how it went."""
+    def _begin_identify(self, data: bytes, actor: Actor, received: float, remaining_s: float | None) -> _Begun | Answer:
+        """Of one message, read at `received`; its answer, if it is refused."""
         request = None
         try:
             request = decode.parse(pb.IdentifyRequest, data)
-            answered = await self._identified(request, actor, received, remaining_s)
+            admitted = self._service.admit(self._decoded(request, actor, received, remaining_s))
+        except MatcherError as refused:
+            return self._refused_identify(request, refused)
+        except Exception as error:
+            return self._refused_identify(request, refusals.unexpected(error))
+        return _Begun(partial(self._identify_or_refuse, request, actor, admitted), release=admitted.release)
+
+    async def _identify_or_refuse(self, request: pb.IdentifyRequest, actor: Actor, admitted: Admitted) -> Answer:
+        try:
+            answered = await admitted.answer()
             began = self._now()
             encoded = encode.identify_reply(bands.reply_for(actor, answered))
             self._encode_seconds.observe(self._now() - began)
             return encoded, "ok"
         except MatcherError as refused:
-            refusal = refused
+            return self._refused_identify(request, refused)
         except Exception as error:
-            refusal = refusals.unexpected(error)
+            return self._refused_identify(request, refusals.unexpected(error))
+
+    def _refused_identify(self, request: pb.IdentifyRequest | None, refusal: MatcherError) -> Answer:
         reply = encode.refused_identify(request, refusal)
         self._service.metrics.decisions.labels("REJECTED").inc(len(reply.decisions))
         self._service.metrics.rejections.labels(refusal.cause).inc(len(reply.decisions))
         return reply, refusal.cause
 
-    async def _enrol_or_refuse(
-        self, data: bytes, actor: Actor, received: float, remaining_s: float | None
-    ) -> tuple[pb.EnrolReply, str]:
+    def _begin_enrol(self, data: bytes, actor: Actor, received: float, remaining_s: float | None) -> _Begun:
+        return _Begun(partial(self._enrol_or_refuse, data, actor, received, remaining_s))
+
+    async def _enrol_or_refuse(self, data: bytes, actor: Actor, received: float, remaining_s: float | None) -> Answer:
         request = None
         try:
             request = decode.parse(pb.EnrolRequest, data)
@@ -199,7 +229,7 @@ class MatcherEdge:
     async def _converse(
         self,
         verb: str,
-        answer: Callable[[bytes, Actor, float, float | None], Awaitable[tuple[Message, str]]],
+        begin: Callable[[bytes, Actor, float, float | None], _Begun | Answer],
         in_hand: asyncio.Semaphore,
         context: CallContext,
     ) -> None:
@@ -207,28 +237,33 @@ class MatcherEdge:
         room = asyncio.Semaphore(self._limits.stream_messages_in_flight_max)
         writing = asyncio.Lock()
 
-        async def respond(data: bytes, began: float, place: _Place | None) -> None:
+        def begin_one(data: bytes, received: float) -> _Begun | Answer:
             logs.message_begins()
+            return begin(data, stream.actor, received, context.time_remaining())
+
+        async def respond(begun: _Begun | Answer, received: float, place: _Place | None) -> None:
             try:
-                reply, result = await answer(data, stream.actor, began, context.time_remaining())
+                reply, result = await begun.answer() if isinstance(begun, _Begun) else begun
                 # Not when it is written: a caller who does not read must not take the place of others.
                 if place is not None:
                     place.leave()
                 async with writing:
                     if stream.ending is None:
                         await context.write(reply)
-                self._count(verb, result, began)
+                self._count(verb, result, received)
             except grpc.aio.BaseError:
                 intake.cancel()  # the caller has gone: nobody reads, so nothing more is taken
             finally:
                 room.release()
 
-        def begin(data: bytes, received: float, place: _Place | None) -> None:
-            responding = answers.create_task(respond(data, received, place))
+        def go_on(begun: _Begun | Answer, within: Context, received: float, place: _Place | None) -> None:
+            responding = answers.create_task(respond(begun, received, place), context=within)
             stream.answers.add(responding)
             responding.add_done_callback(stream.answers.discard)
+            # A task that is cancelled before it begins never comes to its own end.
+            if isinstance(begun, _Begun):
+                responding.add_done_callback(begun.let_go, context=within)
             if place is not None:
-                # A task that is cancelled before it begins never comes to its own end.
                 responding.add_done_callback(place.leave)
 
         async def take_in() -> None:
@@ -243,18 +278,25 @@ class MatcherEdge:
                 except MatcherError as refused:
                     stream.cut(refused)
                     return
-                received = self._now()
+                received, within = self._now(), copy_context()
+                begun = within.run(begin_one, data, received)
+                del data
+                place = None
                 try:
-                    await in_hand.acquire()
+                    if isinstance(begun, _Begun):
+                        await in_hand.acquire()
+                        place = _Place(in_hand)
                 except asyncio.CancelledError:
                     if self._draining:
-                        begin(data, received, None)  # what was read is answered
-                    del data
+                        go_on(begun, within, received, None)  # what was read is answered
+                    elif isinstance(begun, _Begun):
+                        within.run(begun.let_go)
+                    # A cancelled task and the frames that it was cancelled in refer to each other. The probes of a
+                    # caller who left must not stay in there until the collector looks (law 6).
+                    del begun, within
                     raise
-                begin(data, received, _Place(in_hand))
-                # A cancelled task and the frames that it was cancelled in refer to each other. The probes of a caller
-                # who left must not stay in there until the collector looks (law 6).
-                del data
+                go_on(begun, within, received, place)
+                del begun, within
 
         logs.request_begins()
         try:

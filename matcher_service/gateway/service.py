@@ -48,19 +48,30 @@ Withdrawal = Callable[[str, Sequence[str], str, Actor], Awaitable[Receipt]]
 SubjectWithdrawal = Callable[[str, str, str, Actor], Awaitable[Receipt]]
 
 
+class Admitted(Protocol):
+    """A message that may be searched for. It holds a permit until it is answered or released."""
+
+    def answer(self) -> Awaitable[IdentifyReply]: ...
+
+    def release(self) -> None:
+        """Give back what it holds, if it was not answered."""
+        ...
+
+
 @dataclass(frozen=True)
 class Service:
     """Every callable raises MatcherError for a refusal of the whole message.
 
-    `identify` and `enrol` answer row by row otherwise. `withdraw` takes (gallery_id, reference_ids, reason,
-    actor), `withdraw_subject` (gallery_id or "", subject_id, reason, actor). `log` is only read here.
+    `admit` does not wait. `identify` and `enrol` answer row by row otherwise. `withdraw` takes (gallery_id,
+    reference_ids, reason, actor), `withdraw_subject` (gallery_id or "", subject_id, reason, actor). `log` is only read
+    here.
     `ready` says whether requests had better come here and, if not, why; `started` whether the start is over.
     `templates` is None where no embedder is configured, `proofs`, `erasures`, `rotations` and `alert_records` where the
     log gives none. `approve` takes (proposal_id, reason, actor); it and `tokens` are None where only the loopback token
     is let in.
     """
 
-    identify: Callable[[ProbeMessage], Awaitable[IdentifyReply]]
+    admit: Callable[[ProbeMessage], Admitted]
     enrol: Callable[[EnrolMessage], Awaitable[Sequence[Receipt | MatcherError]]]
     withdraw: Withdrawal
     withdraw_subject: SubjectWithdrawal
@@ -82,3 +93,6 @@ class Service:
     approve: Callable[[str, str, Actor], Awaitable[Receipt]] | None = None
     tokens: EdgeTokens | None = None
     started: Callable[[], bool] = lambda: True
+
+    async def identify(self, message: ProbeMessage) -> IdentifyReply:
+        return await self.admit(message).answer()

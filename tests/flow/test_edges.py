@@ -124,6 +124,41 @@ async def test_law_3_no_more_messages_are_in_hand_than_allowed_over_all_streams(
         assert flat.waiting_max == 3
 
 
+async def test_law_3_a_refusal_waits_for_no_place() -> None:
+    flat = FlatService()
+    flat.gate.clear()
+    async with served(flat, limits={"messages_in_flight_max": 1}) as edges, edges.channel() as channel:
+        busy, refused = (MatcherStub(channel).IdentifyStream(metadata=METADATA) for _ in range(2))
+        await busy.write(probes("a"))
+        await until(lambda: flat.waiting == 1)
+        flat.at_the_door = Overloaded("no permit", hint="again later", retry_after_ms=70)
+        for name in ("b", "c"):
+            await refused.write(probes(name))
+            reply = await refused.read()
+            assert outcomes(reply) == [(name, "REJECTED", "OVERLOADED")]
+            assert reply.decisions[0].retry_after_ms == 70
+        assert flat.waiting == 1
+        flat.gate.set()
+        assert outcomes(await busy.read()) == [("a", "NO_CANDIDATE", "")]
+
+
+async def test_law_3_a_caller_who_leaves_gives_back_what_his_messages_hold_that_wait_for_a_place() -> None:
+    flat = FlatService()
+    flat.gate.clear()
+    async with served(flat, limits={"messages_in_flight_max": 1}) as edges, edges.channel() as channel:
+        busy, leaving = (MatcherStub(channel).IdentifyStream(metadata=METADATA) for _ in range(2))
+        await busy.write(probes("a"))
+        await until(lambda: flat.waiting == 1)
+        await leaving.write(probes("b"))
+        await until(lambda: flat.admitted == 2)
+        leaving.cancel()
+        await until(lambda: flat.let_go == 1)
+        assert flat.waiting == 1
+        flat.gate.set()
+        assert outcomes(await busy.read()) == [("a", "NO_CANDIDATE", "")]
+        assert flat.let_go == 2
+
+
 async def test_law_3_callers_who_do_not_read_take_no_place_from_others() -> None:
     names = [f"{'p' * 120}{number:04d}" for number in range(1000)]
     message = probes(*names, templates=bytes(16_000), dtype=pb.FLOAT32, message_id="m")

@@ -22,7 +22,7 @@ from matcher_service.errors import (
     NotFound,
     ReplayBehind,
 )
-from matcher_service.terms import Alert, AuditEvent, DeleteGallery, EndDeployment, Outcome
+from matcher_service.terms import Alert, AuditEvent, DeleteGallery, EndDeployment, Outcome, ProbeMessage
 from tests.fake_clock import SteppedClock
 from tests.running_service import DAY_MS, TESTER, WholeService, whole_service
 
@@ -223,6 +223,25 @@ async def test_an_ended_deployment_searches_no_more(tmp_path: Path) -> None:
                     deployment_id="op",
                 )
             )
+
+
+async def test_a_deployment_that_ends_while_a_message_waits_for_its_place_searches_no_more(tmp_path: Path) -> None:
+    async with whole_service(tmp_path) as service:
+        space = await prepared(service, 1)
+        running = service.running.service
+        now = running.clock.monotonic()
+        captured = np.array([time.time_ns() // 1_000_000])
+        message = ProbeMessage(
+            TESTER, space, ["p"], templates(1), captured, "op", "", (), None, 10, 0, received_at=now, deadline=now + 10
+        )
+        admitted, again = running.admit(message), running.admit(message)
+        assert running.metrics.permits_in_use.labels("identify")._value.get() == 2
+        await running.change(EndDeployment("op"), TESTER)
+        with pytest.raises(Gone):
+            await admitted.answer()
+        again.release()
+        again.release()
+        assert running.metrics.permits_in_use.labels("identify")._value.get() == 0
 
 
 async def test_one_bad_probe_is_rejected_and_its_neighbours_are_answered(tmp_path: Path) -> None:

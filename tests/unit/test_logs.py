@@ -233,7 +233,7 @@ async def test_lines_name_the_request_and_the_deployment_and_the_caller_is_told_
         async def fails(*_: Any, **__: Any) -> None:
             raise RuntimeError(f"a defect, with {ROW.tolist()}")
 
-        monkeypatch.setattr(service.running.service.identify._batcher, "submit", fails)
+        monkeypatch.setattr(service.running.service.admit.__self__._batcher, "submit", fails)
         url = f"http://127.0.0.1:{service.running.http_port}"
         headers = {"Authorization": f"Bearer {service.running.token}"}
         async with httpx.AsyncClient(base_url=url, headers=headers) as http:
