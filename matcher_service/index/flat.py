@@ -215,7 +215,7 @@ class FlatScanner:
     def _near(
         self, start: int, probes: Float32, least: Float32, sums: Sums, cut_offs: Int32, tally: Tally
     ) -> tuple[Int64, Int64]:
-        """The pairs of a run whose sum reaches the probe's cut-off, and product, where it costs little, its least."""
+        """The pairs of a run whose sum reaches the probe's cut-off and whose product is not below its least."""
         which_of: list[Int64] = []
         rows_of: list[Int64] = []
         for first, some in sums.blocks(self._run_of(start)):
