@@ -155,7 +155,7 @@ class Metrics:
         )
         self.certificates = Counter(
             "matcher_certificates_total",
-            "(probe, segment) pairs by how they were answered: certified by the filter, or scanned in full.",
+            "(probe, segment) pairs by how they were answered: certified by a bound, or scanned in full in float32.",
             ("how",),
             registry=registry,
         )

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from matcher_service.index.grouped import GROUP, Grouped, Number
+from matcher_service.index.grouped import GROUP, Grouped
 from matcher_service.index.integer_bound import CUT_OFF_MAX, CUT_OFF_MIN
 from matcher_service.index.integer_products import Int32, Sums
 from matcher_service.index.score import float32_margin, norms
@@ -28,10 +28,12 @@ _NORM_MAX = 1e6
 # Of pairs of a row and a probe, int64 [m] each, the products, float32 [m], within `score.float32_margin` of the scores.
 PairProducts = Callable[[Int64, Int64], Float32]
 
+Kind = TypeVar("Kind", np.float32, np.int32)
+
 
 class Picked(NamedTuple):
-    """Pairs of a probe and a row, int64 [m] each, in no order: all whose product is at least the probe's cut, float32
-    [n]; so are at least as many as were wanted, or all rows."""
+    """Pairs of a probe and a row, int64 [m] each, in no order, with products of at least the probe's cut, float32 [n]:
+    at least as many as were wanted, or all rows. Of a row that is missing the product or the score is below the cut."""
 
     probes: Int64
     rows: Int64
@@ -82,10 +84,10 @@ class Best:
             likely[lacking] = self._reached_by_count(grouped.largest[:, lacking])
             seeds = np.full(likely.size, CUT_OFF_MAX, np.int32)
             seeds[lacking] = likely[lacking]
-            which, rows, _ = grouped.not_below(seeds)
+            which, rows, _ = grouped.reaching(seeds)
             self._multiply(which, rows + first)
             cut_offs = self._cut_offs
-        which, rows, found = grouped.not_below(cut_offs)
+        which, rows, found = grouped.reaching(cut_offs)
         rows += first
         if lacking.size:
             unknown = found < seeds[which]
@@ -131,9 +133,7 @@ class Best:
         self._floors[some] = both[:, -self._count]
 
 
-def _joined(
-    parts: list[tuple[Int64, Int64, NDArray[Number]]], kind: type[Number]
-) -> tuple[Int64, Int64, NDArray[Number]]:
+def _joined(parts: list[tuple[Int64, Int64, NDArray[Kind]]], kind: type[Kind]) -> tuple[Int64, Int64, NDArray[Kind]]:
     none = np.empty(0, np.int64)
     return (
         np.concatenate([none, *(one[0] for one in parts)]),

@@ -19,7 +19,7 @@ from matcher_service.index import crew as crews
 from matcher_service.index.best import Best, PairProducts, Picked, beyond, picked_of
 from matcher_service.index.choose import FEW_PROBES
 from matcher_service.index.crew import Crew, Result
-from matcher_service.index.grouped import not_below
+from matcher_service.index.grouped import GROUP, Grouped
 from matcher_service.index.integer_bound import CUT_OFF_MIN, Law, code_rows, law_within
 from matcher_service.index.integer_products import BLOCK_ROWS, Int32, Sums, UInt8
 from matcher_service.index.products import Products, pair_products, stored_pair_products
@@ -219,7 +219,7 @@ class FlatScanner:
         which_of: list[Int64] = []
         rows_of: list[Int64] = []
         for first, some in sums.blocks(self._run_of(start)):
-            which, rows = not_below(some, cut_offs)
+            which, rows, _ = Grouped(some, GROUP).reaching(cut_offs)
             rows += first
             # `Not below`, since a product that overflowed to NaN is to be re-scored.
             kept = ~(self._pair_products(probes, rows, which) < least[which])

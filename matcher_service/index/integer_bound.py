@@ -6,8 +6,8 @@ q = r p + f. Both codes are integers in [-127, 127]. As <q, x> = <q, e> + <f, s 
     |<q, x> - r s <p, c>|  <=  |q| |e| + |f| |s c|.
 
 The sum <p, c> of d products is at most 127^2 d in magnitude, below 2^31 for d < 133,000: exact in int32, in
-whatever order the products are added. So the only errors are the two of coding, which are measured and not
-estimated, and the roundings of what is computed here and of the score itself:
+whatever order the products are added. So the only errors are the two of coding, which are measured, or of rows bounded
+by half a step for each value (`law_within`), and the roundings of what is computed here and of the score itself:
 
 - A score is fl32(fl64(<q, x>)), see `score.py`. With |x| <= |s c| + |e|, u = 2^-24 and d 2^-53 <= 2^-39 for d <= 2^14,
   a score of at least t means  <q, x>  >=  t - (u + 2^-38) |q| (|s c| + |e|) - 2^-149 ; the last term is half of the
