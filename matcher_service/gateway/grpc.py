@@ -151,10 +151,8 @@ class MatcherEdge:
         logs.request_begins()
         try:
             reply = await work(await self.authenticate(verb, context))
-        except MatcherError as refused:
-            refusal = refused
         except Exception as error:
-            refusal = refusals.unexpected(error)
+            refusal = refusals.of(error)
         else:
             self._count(verb, "ok", began)
             return reply
@@ -184,10 +182,8 @@ class MatcherEdge:
         try:
             request = decode.parse(pb.IdentifyRequest, data)
             admitted = self._service.admit(self._decoded(request, actor, received, remaining_s))
-        except MatcherError as refused:
-            return self._refused_identify(request, refused)
         except Exception as error:
-            return self._refused_identify(request, refusals.unexpected(error))
+            return self._refused_identify(request, refusals.of(error))
         return _Begun(partial(self._identify_or_refuse, request, actor, admitted), release=admitted.release)
 
     async def _identify_or_refuse(self, request: pb.IdentifyRequest, actor: Actor, admitted: Admitted) -> Answer:
@@ -197,10 +193,8 @@ class MatcherEdge:
             encoded = encode.identify_reply(bands.reply_for(actor, answered))
             self._encode_seconds.observe(self._now() - began)
             return encoded, "ok"
-        except MatcherError as refused:
-            return self._refused_identify(request, refused)
         except Exception as error:
-            return self._refused_identify(request, refusals.unexpected(error))
+            return self._refused_identify(request, refusals.of(error))
 
     def _refused_identify(self, request: pb.IdentifyRequest | None, refusal: MatcherError) -> Answer:
         reply = encode.refused_identify(request, refusal)
@@ -220,10 +214,8 @@ class MatcherEdge:
             return encode.enrol_reply(
                 message.reference_ids, receipts, message.message_id, in_columns=request.receipts_in_columns
             ), "ok"
-        except MatcherError as refused:
-            refusal = refused
         except Exception as error:
-            refusal = refusals.unexpected(error)
+            refusal = refusals.of(error)
         return encode.refused_enrol(request, refusal), refusal.cause
 
     async def _converse(

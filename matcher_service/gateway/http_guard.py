@@ -66,10 +66,8 @@ class Guard:
             scope["state"]["result"] = "left"
             self._count(scope, began)
             return
-        except MatcherError as refused:
-            refusal = refused
         except Exception as error:
-            refusal = refusals.unexpected(error)
+            refusal = refusals.of(error)
         else:
             self._count(scope, began)
             return

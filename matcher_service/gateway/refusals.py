@@ -62,6 +62,11 @@ def of_all_references(receipts: Sequence[Receipt | MatcherError]) -> MatcherErro
     return None
 
 
+def of(error: Exception) -> MatcherError:
+    """What a caller is told of an error: a refusal as it is, anything else as a defect of the service."""
+    return error if isinstance(error, MatcherError) else unexpected(error)
+
+
 def unexpected(error: BaseException) -> MatcherError:
     """A defect of the service as a refusal. It is logged by kind and place only, whoever writes the lines: the text of
     an exception may hold values of a probe, which must not outlive its response (law 6)."""

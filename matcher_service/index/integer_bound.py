@@ -153,10 +153,10 @@ def code_probes(probes: Float32, most: int = CODE_MAX) -> CodedProbes:
 def strays(law: Law, probes: Float32) -> float:
     """By how much the sums of `law` let rows below a floor reach it, for probes like these, float32 [n, d], of length
     1; on average."""
+    if not len(probes):
+        return 0.0
     coded = code_probes(probes[:_AT_ONCE])
-    return (
-        float(law.error + law.reach * (coded.errors / np.maximum(coded.lengths, _TINY)).mean()) if len(probes) else 0.0
-    )
+    return float(law.error + law.reach * (coded.errors / np.maximum(coded.lengths, _TINY)).mean())
 
 
 def cut_offs(probes: CodedProbes, floors: Float32, laws: list[Law]) -> NDArray[np.int32]:

@@ -1,4 +1,4 @@
-"""Stored rows as int8 codes on a device, with what `bound.py` needs to know of them.
+"""Stored rows as int8 codes on a device, with what `integer_bound.py` needs to know of them.
 
 A scale is chosen once for a group of rows and is never wrong: whatever it cuts off or rounds away is measured row
 by row. Rows whose error is far above that of others (long ones, or ones with a single large value) would spoil
