@@ -61,7 +61,8 @@ test: $(VENV)/.dev  ## lint, types and the default tests
 	@$(MAKE) --no-print-directory test-gpu-interpreted
 
 test-cluster: $(VENV)/.cluster  ## the tests on a real Triton server, which is set up in .venv-triton
-	@$(BIN)/python -m pytest -n $(CORES) --dist loadfile -m 'cluster and not slow' tests/contract tests/cluster
+	@$(BIN)/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder -m 'cluster and not slow' \
+	    tests/cluster/test_numpy_1.py tests/cluster tests/contract  # the longest first
 
 cluster-demo: $(VENV)/.cluster  ## a cluster loses a server: what changes and what does not; needs PostgreSQL 15 or newer
 	@$(BIN)/python -m benchmarks.cluster_demo
@@ -91,7 +92,7 @@ test-long: $(VENV)/.dev $(VENV)/.cluster  ## the long forms: crash loops, state 
 	@$(BIN)/python -m pytest -m 'slow and cluster' tests/cluster
 
 test-ops: $(VENV)/.ops $(VENV)/.cluster  ## rules, fault drills, dashboards, manifests, image; needs prometheus, skips what is missing
-	@$(BIN)/python -m pytest -n $(CORES) --dist worksteal -m 'not slow' tests/ops
+	@$(BIN)/python -m pytest -n $$((2 * $(CORES))) --dist worksteal -m 'not slow' tests/ops  # drills mostly wait
 
 dashboards: $(VENV)/.ops $(VENV)/.bench  ## minutes of Locust in a real Prometheus, every dashboard drawn to build/dashboards
 	@$(BIN)/python -m pytest -m slow tests/ops/test_load.py

@@ -210,7 +210,9 @@ async def measure(args: argparse.Namespace, made: Farm, shard_name: str, folder:
     rows = []
     for batch in args.batch:
         settings = {
-            **made.environment([[made.replica(0, shard_name)]]),
+            # A machine that stands still for a moment makes an answer late here, not incomplete.
+            **made.environment([[made.replica(0, shard_name)]], answer_within_ms=9_000),
+            "MATCHER_LIMITS__DEADLINE_MS_DEFAULT": "10000",
             "MATCHER_BATCHING__BATCH_PROBES_MAX": str(batch),
             "MATCHER_LOG_LEVEL": "error",
         }
