@@ -3,6 +3,9 @@
 References come in as log entries, segments are sealed and written, the process's shard is closed and opened
 again, a share of the references is withdrawn at random, and compaction cleans up. Between these, the same
 batches are searched; every answer's rows are those of the flat scan of the live stored rows.
+
+An index from which references were withdrawn is searched in turns with a fresh one: one of all references before
+compaction, one of the live references after it. `of_fresh` is its share of that one's throughput, the median of turns.
 """
 
 from __future__ import annotations
@@ -15,6 +18,9 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -35,6 +41,7 @@ _GALLERY = "custody"
 _BLOCK = 10_000
 _FOREVER_MS = 4_000_000_000_000
 _RANK_MAX = 100
+_IN_TURNS_S = 5.0  # of a search beside a fresh index: they differ by less than a machine does from moment to moment
 _ERASE_WITHIN_S = 0.002  # so that the next round of upkeep compacts
 
 
@@ -57,7 +64,7 @@ async def run(args: argparse.Namespace, folder: Path, notes: Console) -> list[di
     live = np.ones(len(stored), np.bool_)
     results: list[dict[str, object]] = []
 
-    async def search(shard: LocalShard, when: str) -> None:
+    async def search(shard: LocalShard, when: str, fresh: LocalShard | None = None) -> None:
         truth = expected(stored, live, asked.vectors, args.threshold)
         for batch in args.batch:
             request = SearchRequest(
@@ -67,11 +74,17 @@ async def run(args: argparse.Namespace, folder: Path, notes: Console) -> list[di
                 np.full(batch, _RANK_MAX, np.int64),
                 clock.wall_ms(),
             )
-            shortest, found = float("inf"), None
-            for _ in range(args.rounds):
+            shortest, found, shares = float("inf"), None, []
+            ends = time.perf_counter() + (_IN_TURNS_S if fresh is not None else 0.0)
+            while len(shares) < args.rounds or time.perf_counter() < ends:
                 began = time.perf_counter()
                 found = await shard.search(request)
-                shortest = min(shortest, time.perf_counter() - began)
+                took = time.perf_counter() - began
+                shortest = min(shortest, took)
+                began = time.perf_counter()
+                if fresh is not None:
+                    await fresh.search(request)
+                shares.append((time.perf_counter() - began) / took)
             assert found is not None
             same = [
                 [int(name[1:]) for name in found.reference_ids[first:last]] == truth[probe][:_RANK_MAX].tolist()
@@ -86,10 +99,32 @@ async def run(args: argparse.Namespace, folder: Path, notes: Console) -> list[di
                     "batch": batch,
                     "threshold": args.threshold,
                     "queries_per_second": batch / shortest,
+                    "of_fresh": None if fresh is None else float(np.median(shares)),
                     "identical": float(np.mean(same)),
                     "certified": found.certified / max(1, found.certified + found.scanned),
                 }
             )
+
+    @asynccontextmanager
+    async def freshly(rows: Float16, name: str) -> AsyncIterator[LocalShard | None]:
+        """A settled index of these rows that never held others; None with `--alone`."""
+        if args.alone:
+            yield None
+            return
+        (folder / name).mkdir()
+        shard = await LocalShard.open(folder / name, _key, settings, clock)
+        await fill(shard, rows)
+        yield shard
+        await shard.close()
+
+    async def fill(shard: LocalShard, rows: Float16, seen: Callable[[int], None] = lambda _: None) -> None:
+        await shard.apply([_created(args.dimension, clock.wall_ms())])
+        for first in range(0, len(rows), _BLOCK):
+            block = enrolments(rows, first, clock.wall_ms())
+            await shard.apply(block)
+            await shard.maintain()
+            seen(len(block))
+        await settle(shard)
 
     async def settle(shard: LocalShard) -> None:
         """Until upkeep has nothing to do, also when no more references come in."""
@@ -107,13 +142,7 @@ async def run(args: argparse.Namespace, folder: Path, notes: Console) -> list[di
         data.mkdir()
         shard = await LocalShard.open(data, _key, settings, clock)
         began = time.perf_counter()
-        await shard.apply([_created(args.dimension, clock.wall_ms())])
-        for first in range(0, len(stored), _BLOCK):
-            block = enrolments(stored, first, clock.wall_ms())
-            await shard.apply(block)
-            await shard.maintain()
-            progress.advance(task, len(block))
-        await settle(shard)
+        await fill(shard, stored, partial(progress.advance, task))
         status = await shard.status()
         notes.print(
             f"{len(stored):,} references applied and encoded in {time.perf_counter() - began:.1f} s; "
@@ -139,12 +168,14 @@ async def run(args: argparse.Namespace, folder: Path, notes: Console) -> list[di
         live[ended] = False
         for first in range(0, len(ended), _BLOCK):
             await shard.apply(withdrawals(ended[first : first + _BLOCK], len(stored) + 2 + first, clock.wall_ms()))
-        await search(shard, f"{args.withdrawn:.0%} withdrawn")
+        async with freshly(stored, "fresh") as fresh:
+            await search(shard, f"{args.withdrawn:.0%} withdrawn", fresh)
         progress.update(task, description="compacting")
         began = time.perf_counter()
         await settle(shard)
         notes.print(f"compacted in {time.perf_counter() - began:.1f} s")
-        await search(shard, "compacted")
+        async with freshly(stored[live], "fresh-live") as fresh:
+            await search(shard, "compacted", fresh)
         await shard.close()
     return results
 
@@ -215,6 +246,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=20_250_101)
+    parser.add_argument("--alone", action="store_true", help="no fresh index beside: two of many references do not fit")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args()
     notes = Console(stderr=True)
@@ -228,7 +260,9 @@ def main() -> None:
         else:
             sys.stdout.write(
                 f"{row['when']:>14}  batch {row['batch']:>4}  {row['queries_per_second']:>9.1f} queries/s  "
-                f"identical {row['identical']:.2f}  certified {row['certified']:.2f}\n"
+                f"identical {row['identical']:.2f}  certified {row['certified']:.2f}"
+                + ("" if row["of_fresh"] is None else f"  {row['of_fresh']:.2f} of a fresh index's")
+                + "\n"
             )
     if any(row["identical"] != 1.0 for row in results):
         sys.exit("the engine gave another answer than the flat scan of the live rows")
