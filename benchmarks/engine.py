@@ -74,17 +74,16 @@ async def run(args: argparse.Namespace, folder: Path, notes: Console) -> list[di
                 np.full(batch, _RANK_MAX, np.int64),
                 clock.wall_ms(),
             )
-            shortest, found, shares = float("inf"), None, []
+            times, shares, found = [], [], None
             ends = time.perf_counter() + (_IN_TURNS_S if fresh is not None else 0.0)
-            while len(shares) < args.rounds or time.perf_counter() < ends:
+            while len(times) < args.rounds or time.perf_counter() < ends:
                 began = time.perf_counter()
                 found = await shard.search(request)
-                took = time.perf_counter() - began
-                shortest = min(shortest, took)
-                began = time.perf_counter()
+                times.append(time.perf_counter() - began)
                 if fresh is not None:
+                    began = time.perf_counter()
                     await fresh.search(request)
-                shares.append((time.perf_counter() - began) / took)
+                    shares.append((time.perf_counter() - began) / times[-1])
             assert found is not None
             same = [
                 [int(name[1:]) for name in found.reference_ids[first:last]] == truth[probe][:_RANK_MAX].tolist()
@@ -98,24 +97,26 @@ async def run(args: argparse.Namespace, folder: Path, notes: Console) -> list[di
                     "dimension": args.dimension,
                     "batch": batch,
                     "threshold": args.threshold,
-                    "queries_per_second": batch / shortest,
-                    "of_fresh": None if fresh is None else float(np.median(shares)),
+                    "queries_per_second": batch / min(times),
+                    "of_fresh": float(np.median(shares)) if shares else None,
                     "identical": float(np.mean(same)),
                     "certified": found.certified / max(1, found.certified + found.scanned),
                 }
             )
 
     @asynccontextmanager
-    async def freshly(rows: Float16, name: str) -> AsyncIterator[LocalShard | None]:
-        """A settled index of these rows that never held others; None with `--alone`."""
+    async def freshly(rows: slice | NDArray[np.bool_], name: str) -> AsyncIterator[LocalShard | None]:
+        """A settled index of these of the stored rows that never held others; None with `--alone`."""
         if args.alone:
             yield None
             return
         (folder / name).mkdir()
         shard = await LocalShard.open(folder / name, _key, settings, clock)
-        await fill(shard, rows)
-        yield shard
-        await shard.close()
+        try:
+            await fill(shard, stored[rows])
+            yield shard
+        finally:
+            await shard.close()
 
     async def fill(shard: LocalShard, rows: Float16, seen: Callable[[int], None] = lambda _: None) -> None:
         await shard.apply([_created(args.dimension, clock.wall_ms())])
@@ -168,13 +169,13 @@ async def run(args: argparse.Namespace, folder: Path, notes: Console) -> list[di
         live[ended] = False
         for first in range(0, len(ended), _BLOCK):
             await shard.apply(withdrawals(ended[first : first + _BLOCK], len(stored) + 2 + first, clock.wall_ms()))
-        async with freshly(stored, "fresh") as fresh:
+        async with freshly(slice(None), "fresh") as fresh:
             await search(shard, f"{args.withdrawn:.0%} withdrawn", fresh)
         progress.update(task, description="compacting")
         began = time.perf_counter()
         await settle(shard)
         notes.print(f"compacted in {time.perf_counter() - began:.1f} s")
-        async with freshly(stored[live], "fresh-live") as fresh:
+        async with freshly(live, "fresh-live") as fresh:
             await search(shard, "compacted", fresh)
         await shard.close()
     return results
