@@ -208,6 +208,29 @@ def test_the_import_benchmark_says_how_fast_references_became_searchable() -> No
     assert isinstance(found["searchable_references_per_second"], float)
 
 
+def test_the_search_benchmark_finds_the_same_with_every_exact_scanner() -> None:
+    found = rows("-m", "benchmarks.search", "--data", "spread07", "--references", "3000", "--dimension", "64", "--batch",
+                 "1", "8", "--threshold", "0.5", "--quick", "--rounds", "1", "--seconds", "0.01")  # fmt: skip
+    ours = [row for row in found if row["scanner"] == "certified scan"]
+    assert {(row["batch"], row["threshold"]) for row in ours} >= {(1, 0.5), (8, 0.5)}
+    assert len(found) > 2 * len(ours)
+    for row in found:
+        assert row["references"] == 3000
+        assert row["dimension"] == 64
+        assert row["queries_per_second"] > 0
+        assert (row["mates_found"], row["identical"]) == (1.0, 1.0)
+    assert all(0 <= row["certified"] <= 1 for row in ours)
+
+
+def test_the_engine_benchmark_answers_rightly_in_every_state_and_beside_a_fresh_index() -> None:
+    found = rows("-m", "benchmarks.engine", "--references", "3000", "--dimension", "64", "--batch", "8",
+                 "--rounds", "1", "--turns-seconds", "0.1")  # fmt: skip
+    assert [row["when"] for row in found] == ["fresh", "restarted", "20% withdrawn", "compacted"]
+    assert [row["references"] for row in found] == [3000, 3000, 2400, 2400]
+    assert [row["of_fresh"] is None for row in found] == [True, True, False, False]
+    assert {row["identical"] for row in found} == {1.0}
+
+
 def test_a_service_that_does_not_start_is_an_error_and_not_a_wait(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="did not start"), service(tmp_path, settings={"MATCHER_LOG_LEVEL": "loud"}):
         pass
