@@ -209,8 +209,9 @@ def test_the_import_benchmark_says_how_fast_references_became_searchable() -> No
 
 
 def test_the_search_benchmark_finds_the_same_with_every_exact_scanner() -> None:
-    found = rows("-m", "benchmarks.search", "--data", "spread07", "--references", "3000", "--dimension", "64", "--batch",
-                 "1", "8", "--threshold", "0.5", "--quick", "--rounds", "1", "--seconds", "0.01")  # fmt: skip
+    found = rows("-m", "benchmarks.search", "--data", "spread07", "--references", "3000", "--dimension", "64",
+                 "--batch", "1", "8", "--threshold", "0.5", "--quick", "--rounds", "1",
+                 "--seconds", "0.01")  # fmt: skip
     ours = [row for row in found if row["scanner"] == "certified scan"]
     assert {(row["batch"], row["threshold"]) for row in ours} >= {(1, 0.5), (8, 0.5)}
     assert len(found) > 2 * len(ours)
