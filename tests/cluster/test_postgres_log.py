@@ -17,6 +17,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection
 
+from benchmarks import postgres_log as benchmark
 from matcher_service import audit
 from matcher_service.clock import SystemClock
 from matcher_service.errors import DataDamaged, LogUnavailable, NotFound, StartRefused
@@ -674,3 +675,18 @@ async def test_a_keyring_that_is_handed_over_is_used(postgres_url: str, tmp_path
     assert log.keyring is keyring
     assert (await log.read(0, 1, [EntryKind.ENROL])) == []
     await log.close()
+
+
+async def test_the_benchmark_measures_every_way_of_writing() -> None:
+    """Its withdrawals and enrolments are each acknowledged; no time is asserted."""
+    found = await benchmark.measure(rows=200, messages=2, dimension=16)
+    ways = {f"{way}_references_per_s" for way in ("copy", "inserts", "sqlite", "stream")}
+    waits = {
+        f"withdrawal_ms_{situation}_{gateway}_{figure}"
+        for situation in ("idle", "importing")
+        for gateway in ("same", "other")
+        for figure in ("median", "max")
+    }
+    assert found.keys() == ways | waits | {"direct_ms", "appended_ms", "copy_over_inserts", "appended_over_direct",
+                                           "transaction_ms"}  # fmt: skip
+    assert min(found.values()) > 0
