@@ -20,7 +20,7 @@ from tests.served_process import Served, served
 
 DIMENSION = 32
 SPACE = SpaceId("kill", 1, DIMENSION)
-ROUNDS = 20
+ROUNDS = 30
 ROUNDS_LONG = 200
 
 
